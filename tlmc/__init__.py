@@ -1,0 +1,3 @@
+"""Transfer learning of interatomic potentials, from molecules to crystals."""
+
+from __future__ import annotations

@@ -1,0 +1,19 @@
+"""Errors a user can act on: one clear sentence that names the file, frame and value."""
+
+from __future__ import annotations
+
+
+class TlmcError(ValueError):
+    """Base class of all errors this package raises on purpose; the command line prints them without a traceback."""
+
+
+class DataError(TlmcError):
+    """A data file, frame or label that cannot be used."""
+
+
+class ModelError(TlmcError):
+    """A start model or checkpoint that cannot be loaded, or does not cover the data."""
+
+
+class ConfigError(TlmcError):
+    """A parameter, profile or notebook setting that is unknown or out of range."""
