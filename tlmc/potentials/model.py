@@ -1,0 +1,111 @@
+"""A start or fine-tuned model as plain arrays: descriptor constants, one stacked network per element, reference energies."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from ase import Atoms
+from torch import Tensor
+
+from tlmc.descriptors.aev import AEVParameters
+from tlmc.errors import ModelError
+from tlmc.reference import ReferenceEnergies
+from tlmc.units import HARTREE
+
+
+class Layer(NamedTuple):
+    """One affine layer of an ensemble, ``z = a @ weight + bias``."""
+
+    weight: Tensor
+    """Shape ``(members, n_in, n_out)``."""
+    bias: Tensor
+    """Shape ``(members, 1, n_out)``."""
+
+
+@dataclass(frozen=True)
+class Potential:
+    """Atomic energies from one small network per element, averaged over the members of an ensemble.
+
+    ``E = sum_i [ scale * mean_m NN_m(G_i) + self_energy(Z_i) ] + reference``, with ``scale`` the eV per unit of network
+    output (ANI networks speak Hartree) and hidden activations CELU(0.1).
+    """
+
+    name: str
+    """Start model this one descends from, ``ani2x`` or ``ani2xt``."""
+    symbols: tuple[str, ...]
+    """Elements with descriptor channels, in the order of those channels."""
+    aev: AEVParameters
+    networks: dict[str, tuple[Layer, ...]]
+    """Per element of `symbols`, the affine layers from first to last."""
+    self_energies: dict[str, float]
+    """Energy of the free atom per element, eV."""
+    fingerprint: str
+    """SHA-256 that identifies the start model's weights."""
+    element_map: dict[str, str] = field(default_factory=dict)
+    """Borrowed networks, new element -> donor (``{"Si": "C"}``)."""
+    reference: ReferenceEnergies | None = None
+    """Offset fitted on training labels, added to every energy."""
+    scale: float = HARTREE
+
+    @property
+    def members(self) -> int:
+        """Number of ensemble members."""
+        return int(next(iter(self.networks.values()))[0].weight.shape[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
+        return next(iter(self.networks.values()))[0].weight.dtype
+
+    @property
+    def elements(self) -> tuple[str, ...]:
+        """Every element the model accepts, borrowed ones included."""
+        return self.symbols + tuple(e for e in self.element_map if e not in self.symbols)
+
+    def to(self, dtype: torch.dtype) -> Potential:
+        """Return a copy with weights in another precision."""
+        networks = {
+            symbol: tuple(Layer(layer.weight.to(dtype), layer.bias.to(dtype)) for layer in layers)
+            for symbol, layers in self.networks.items()
+        }
+        return dataclasses.replace(self, networks=networks)
+
+    def with_reference(self, reference: ReferenceEnergies | None) -> Potential:
+        """Return a copy that adds these reference energies."""
+        return dataclasses.replace(self, reference=reference)
+
+    def species(self, frame: Atoms) -> Tensor:
+        """Return the network index of every atom of a frame, shape ``(n_atoms,)``, borrowed elements mapped.
+
+        Raises
+        ------
+        ModelError
+            If the frame holds an element with neither a network nor a donor; the sentence counts them.
+        """
+        index = {symbol: i for i, symbol in enumerate(self.symbols)}
+        index |= {new: index[donor] for new, donor in self.element_map.items()}
+        symbols = frame.get_chemical_symbols()
+        missing = Counter(symbol for symbol in symbols if symbol not in index)
+        if missing:
+            listed = ", ".join(f"{symbol} ({count} atoms)" for symbol, count in sorted(missing.items()))
+            raise ModelError(
+                f"{self.name} has no network for {listed} in {frame.get_chemical_formula()}; it knows "
+                f"{', '.join(self.elements)}: map a new element onto one of them, e.g. relabel(model, {{'Si': 'C'}})"
+            )
+        return torch.tensor([index[symbol] for symbol in symbols])
+
+    def atomic_reference(self, frames: Sequence[Atoms]) -> Tensor:
+        """Return self energies plus the fitted reference, summed per frame, float64 eV, shape ``(n_frames,)``."""
+        sums = []
+        for frame in frames:
+            symbols = frame.get_chemical_symbols()
+            total = sum(self.self_energies[self.element_map.get(symbol, symbol)] for symbol in symbols)
+            if self.reference is not None:
+                total += sum(self.reference.offsets[symbol] for symbol in symbols)
+            sums.append(total)
+        return torch.tensor(sums, dtype=torch.float64)
