@@ -1,0 +1,75 @@
+# Two commands do everything on a fresh machine with Python 3.11: `make study` and `make test`.
+#
+#   make study PROFILE=full              another profile (notebooks/profiles/)
+#   make study STUDY_FLAGS=--force       options of `tlmc study`
+#   make test JOBS=4                     test processes
+#   make PYTHON=/path/to/python3.11 ...  the interpreter that makes .venv
+#   make PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" ...
+#                                        options of pip; this one takes the small torch without CUDA on Linux
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install study test test-python test-notebooks lint bench clean
+
+PROFILE ?= laptop
+JOBS ?= 2
+STUDY_FLAGS ?=
+PIP_FLAGS ?=
+PYTHON ?=
+
+PY := .venv/bin/python
+STAMP := .venv/.installed
+PIP_VERSION := 26.3
+# one thread per test process: two processes with two threads each are slower than either alone
+TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make .venv and install the pinned set (the other targets do this first)
+
+study: $(STAMP) ## run the notebooks of a profile and leave reports/index.html (about 15 minutes on 2 cores)
+	$(PY) -m tlmc.cli study --profile $(PROFILE) $(STUDY_FLAGS)
+
+test: lint test-python test-notebooks ## lint, the test suite, and every notebook against its stored outputs
+
+test-python: $(STAMP) ## the test suite alone
+	$(TEST_ENV) $(PY) -m pytest -n $(JOBS) --dist loadscope tests
+
+test-notebooks: $(STAMP) ## the notebooks alone (smoke profile)
+	$(TEST_ENV) $(PY) -m pytest -n $(JOBS) --dist loadscope --nbval-lax --nbval-current-env \
+		--nbval-cell-timeout 600 --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
+
+lint: $(STAMP) ## ruff (lint and format, notebooks included) and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(STAMP) ## time a training step against the loop of the thesis
+	$(PY) tests/benchmarks/training_step.py
+
+clean: ## remove caches and runs; .venv, the committed reports and the user's download cache stay
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist reports/executed reports/runs
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find notebooks -name .ipynb_checkpoints -prune -exec rm -rf {} +
+
+# The first candidate that starts and is new enough; a pyenv shim may exist and yet not start.
+$(PY):
+	@for candidate in "$(PYTHON)" python3.11 python3 python3.12 python3.13; do \
+		[ -n "$$candidate" ] || continue; \
+		if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			echo "making .venv with $$("$$candidate" --version)"; exec "$$candidate" -m venv .venv; \
+		fi; \
+		[ "$$candidate" != "$(PYTHON)" ] || { echo "$(PYTHON) does not start or is older than Python 3.11" >&2; exit 1; }; \
+	done; \
+	echo "tlmc needs Python 3.11 or newer; found: $$(python3 --version 2>&1). Install it, or name one: make PYTHON=/path/to/python3.11" >&2; \
+	exit 1
+
+# torch is named with its version: unnamed, pip may take a newer build with CUDA. The stamp is written last, so a broken
+# installation is repeated; it is newer than the pins, so a second call is quick and changed pins are installed.
+$(STAMP): $(PY) constraints.txt pyproject.toml
+	$(PY) -m pip install --quiet --disable-pip-version-check pip==$(PIP_VERSION)
+	$(PY) -m pip install --disable-pip-version-check --progress-bar off $(PIP_FLAGS) -c constraints.txt \
+		"$$(grep '^torch==' constraints.txt)" -e '.[test]'
+	@touch $@

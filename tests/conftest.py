@@ -1,0 +1,49 @@
+"""Set-up shared by all tests: nothing is written to the tracked reports, and mirror tests say why they skip."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+MIRRORS = ("TLMC_DATA_DIR", "TORCHANI_DATA_DIR")
+
+
+def _missing_mirrors() -> list[str]:
+    return [name for name in MIRRORS if not Path(os.environ.get(name) or "/nonexistent").is_dir()]
+
+
+def _mirror_is_required() -> bool:
+    return os.environ.get("TLMC_REQUIRE_MIRROR", "") not in ("", "0")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Send reports to a temporary folder and draw without a screen; processes started by tests inherit both."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TLMC_REPORTS_DIR", str(tmp_path_factory.mktemp("reports")))
+        patch.setenv("MPLBACKEND", "Agg")
+        yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``needs_mirror`` where a mirror is absent, and name the variable."""
+    missing = _missing_mirrors()
+    if not missing:
+        return
+    skip = pytest.mark.skip(reason=f"needs the folders named by {' and '.join(missing)}")
+    for item in items:
+        if item.get_closest_marker("needs_mirror"):
+            item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Turn a skipped mirror test into a failure under ``TLMC_REQUIRE_MIRROR=1`` (the CI sets it)."""
+    report = yield
+    if report.skipped and item.get_closest_marker("needs_mirror") and _mirror_is_required():
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped, and TLMC_REQUIRE_MIRROR is set: {report.longrepr[2]}"
+    return report
