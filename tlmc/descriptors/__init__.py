@@ -1,1 +1,3 @@
-"""."""
+"""Descriptors of atomic environments."""
+
+from __future__ import annotations

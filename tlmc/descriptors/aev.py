@@ -1,0 +1,343 @@
+r"""ANI atomic environment vectors, their exact derivatives and their sparse Jacobian (thesis eq. 3.2).
+
+For a centre with neighbours at vectors ``v_j`` (length ``d_j``, direction ``u_j``) and the cosine cutoff ``f``:
+
+- radial, one block per neighbour element: ``0.25 exp(-eta_R (d_j - s)^2) f(d_j)``;
+- angular, one block per unordered pair of neighbour elements, each pair of neighbours counted once:
+  ``2 [(1 + cos(theta - t)) / 2]^zeta exp(-eta_A ((d_j + d_k)/2 - s)^2) f(d_j) f(d_k)`` with
+  ``theta = acos(0.95 u_j . u_k)`` (the 0.95 keeps the derivative of acos finite, as in the original).
+
+Derivatives are written out. An angular term is a product ``r(d_j, d_k) a(cos)``, so three outer products carry them:
+``dG/dd_j = r_j a``, ``dG/dd_k = r_k a``, ``dG/dcos = r a'``, and ``dcos/dv_j = (u_k - cos u_j) / d_j``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import vesin
+from ase import Atoms
+from torch import Tensor
+
+BLOCK = 16
+"""Columns per block of a sparse Jacobian: every AEV sub-block is a multiple of this wide."""
+
+
+@dataclass(frozen=True)
+class AEVParameters:
+    """Constants of one ANI descriptor; lengths in Angstrom, angles in rad."""
+
+    r_cut_radial: float
+    eta_radial: float
+    shifts_radial: tuple[float, ...]
+    r_cut_angular: float
+    eta_angular: float
+    zeta: float
+    shifts_angular: tuple[float, ...]
+    sections: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if self.r_cut_angular > self.r_cut_radial:
+            raise ValueError(
+                f"the angular cutoff {self.r_cut_angular} A must not exceed the radial one, {self.r_cut_radial} A"
+            )
+        if self.n_radial % BLOCK or self.n_angular % BLOCK:
+            raise ValueError(
+                f"radial ({self.n_radial}) and angular ({self.n_angular}) functions must be multiples of {BLOCK}"
+            )
+
+    @property
+    def n_radial(self) -> int:
+        """Radial functions per neighbour element."""
+        return len(self.shifts_radial)
+
+    @property
+    def n_angular(self) -> int:
+        """Angular functions per pair of neighbour elements."""
+        return len(self.shifts_angular) * len(self.sections)
+
+    def length(self, n_species: int) -> int:
+        """Return the number of columns for so many elements (1008 for ANI-2x's seven)."""
+        return n_species * self.n_radial + n_species * (n_species + 1) // 2 * self.n_angular
+
+    def columns(self, present: list[int], n_species: int) -> Tensor:
+        """Return the columns that can differ from zero when only these species are present, ascending, int64."""
+        first_angular = n_species * self.n_radial
+        starts = [(s * self.n_radial, self.n_radial) for s in present]
+        for place, a in enumerate(present):
+            for b in present[place:]:
+                starts.append((first_angular + _pair_index(a, b, n_species) * self.n_angular, self.n_angular))
+        return torch.cat([torch.arange(start, start + width) for start, width in sorted(starts)])
+
+
+class Neighbours(NamedTuple):
+    """A full neighbour list sorted by centre: every pair within the cutoff appears from both sides."""
+
+    centre: Tensor
+    """Index i of the centre, int64, shape ``(n_pairs,)``."""
+    neighbour: Tensor
+    """Index j of the neighbour in the cell, int64, shape ``(n_pairs,)``."""
+    vectors: Tensor
+    """``x_j + shift - x_i`` in Angstrom, shape ``(n_pairs, 3)``."""
+
+
+class BlockJacobian(NamedTuple):
+    """A sparse Jacobian dG/dx made of dense blocks of ``BLOCK`` columns by 3 coordinates, sorted by row."""
+
+    rows: Tensor
+    """Block row ``atom * (n_columns // BLOCK) + column // BLOCK``, int64, shape ``(n_blocks,)``."""
+    atoms: Tensor
+    """Atom whose coordinates the block belongs to, int64, shape ``(n_blocks,)``."""
+    values: Tensor
+    """Shape ``(n_blocks, BLOCK, 3)``, in 1/Angstrom."""
+
+
+class _Triples(NamedTuple):
+    """Unordered pairs of angular neighbours of one centre, and the factors of their terms."""
+
+    first: Tensor
+    """Index of the pair i-j in the neighbour list, ``(n_triples,)``."""
+    second: Tensor
+    """Index of the pair i-k."""
+    block: Tensor
+    """``centre * n_species_pairs + pair of species``."""
+    cosine: Tensor
+    radial: Tensor
+    """``r``, ``(n_triples, n_shifts)``."""
+    radial_first: Tensor
+    """``dr/dd_j``."""
+    radial_second: Tensor
+    """``dr/dd_k``."""
+    angular: Tensor
+    """``a``, ``(n_triples, n_sections)``."""
+    angular_slope: Tensor
+    """``da/dcos``."""
+
+
+def neighbours(frame: Atoms, r_cut: float, dtype: torch.dtype = torch.float64) -> Neighbours:
+    """Return all pairs of atoms within a cutoff, periodic images included, for cells of any size.
+
+    Parameters
+    ----------
+    frame
+        A molecule or crystal; partly periodic frames are allowed.
+    r_cut
+        Cutoff in Angstrom.
+    dtype
+        Precision of the vectors; they are computed in float64 first.
+    """
+    finder = vesin.NeighborList(cutoff=r_cut, full_list=True, sorted=True)
+    # a direction that is not periodic needs no cell vector; completing the cell keeps it invertible for the library
+    cell = np.asarray(frame.cell.complete() if frame.pbc.any() else np.zeros((3, 3)), dtype=np.float64)
+    i, j, vectors = finder.compute(
+        points=frame.positions, box=cell, periodic=np.asarray(frame.pbc), quantities="ijD", copy=True
+    )
+    return Neighbours(
+        torch.from_numpy(i.astype(np.int64)), torch.from_numpy(j.astype(np.int64)), torch.from_numpy(vectors).to(dtype)
+    )
+
+
+def aev(parameters: AEVParameters, n_species: int, species: Tensor, pairs: Neighbours) -> Tensor:
+    """Return the atomic environment vectors.
+
+    Parameters
+    ----------
+    parameters
+        Constants of the descriptor.
+    n_species
+        Number of elements with channels.
+    species
+        Channel of every atom, int64, shape ``(n_atoms,)``.
+    pairs
+        Neighbours within the radial cutoff.
+
+    Returns
+    -------
+    Tensor
+        Shape ``(n_atoms, parameters.length(n_species))``, dimensionless.
+    """
+    n_atoms, n_pairs_of_species = len(species), n_species * (n_species + 1) // 2
+    distances = torch.linalg.vector_norm(pairs.vectors, dim=1)
+    value, _ = _radial_terms(parameters, distances)
+    radial = value.new_zeros(n_atoms * n_species, parameters.n_radial)
+    radial.index_add_(0, pairs.centre * n_species + species[pairs.neighbour], value)
+    triples = _triples(parameters, n_species, species, pairs, distances)
+    angular = value.new_zeros(n_atoms * n_pairs_of_species, parameters.n_angular)
+    angular.index_add_(0, triples.block, _outer(triples.radial, triples.angular))
+    return torch.cat([radial.view(n_atoms, -1), angular.view(n_atoms, -1)], dim=1)
+
+
+def aev_backward(
+    parameters: AEVParameters, n_species: int, species: Tensor, pairs: Neighbours, cotangent: Tensor
+) -> Tensor:
+    """Return the derivative of ``sum(cotangent * aev)`` with respect to every pair vector.
+
+    Forces follow as ``F_i = sum over pairs from i - sum over pairs to i`` of an energy's derivative, the virial as
+    ``sum v (x) derivative``.
+
+    Parameters
+    ----------
+    parameters, n_species, species, pairs
+        As in :func:`aev`.
+    cotangent
+        Shape ``(n_atoms, parameters.length(n_species))``.
+
+    Returns
+    -------
+    Tensor
+        Shape ``(n_pairs, 3)``.
+    """
+    n_atoms, n_first_angular = len(species), n_species * parameters.n_radial
+    distances = torch.linalg.vector_norm(pairs.vectors, dim=1)
+    directions = pairs.vectors / distances[:, None]
+    _, slope = _radial_terms(parameters, distances)
+    radial_cotangent = cotangent[:, :n_first_angular].reshape(n_atoms * n_species, -1)
+    radial_cotangent = radial_cotangent[pairs.centre * n_species + species[pairs.neighbour]]
+    result = (radial_cotangent * slope).sum(1, keepdim=True) * directions
+
+    t = _triples(parameters, n_species, species, pairs, distances)
+    h = cotangent[:, n_first_angular:].reshape(-1, parameters.n_angular)[t.block]
+    h = h.view(len(h), len(parameters.shifts_angular), len(parameters.sections))
+    along_angular = torch.einsum("tsa,ta->ts", h, t.angular)
+    first = (along_angular * t.radial_first).sum(1, keepdim=True)
+    second = (along_angular * t.radial_second).sum(1, keepdim=True)
+    turn = (torch.einsum("tsa,ta->ts", h, t.angular_slope) * t.radial).sum(1, keepdim=True)
+    u_j, u_k, cosine = directions[t.first], directions[t.second], t.cosine[:, None]
+    result.index_add_(0, t.first, first * u_j + turn * (u_k - cosine * u_j) / distances[t.first, None])
+    result.index_add_(0, t.second, second * u_k + turn * (u_j - cosine * u_k) / distances[t.second, None])
+    return result
+
+
+def aev_jacobian(parameters: AEVParameters, n_species: int, species: Tensor, pairs: Neighbours) -> BlockJacobian:
+    """Return the Jacobian of the AEVs with respect to all positions, images of one atom summed.
+
+    Parameters
+    ----------
+    parameters, n_species, species, pairs
+        As in :func:`aev`.
+    """
+    n_atoms, n_radial, n_angular = len(species), parameters.n_radial, parameters.n_angular
+    distances = torch.linalg.vector_norm(pairs.vectors, dim=1)
+    directions = pairs.vectors / distances[:, None]
+    _, slope = _radial_terms(parameters, distances)
+    moved = slope[:, :, None] * directions[:, None, :]
+    block = pairs.centre * n_species + species[pairs.neighbour]
+    radial = _sum_blocks(
+        torch.cat([block, block]), torch.cat([pairs.neighbour, pairs.centre]), torch.cat([moved, -moved]), n_atoms
+    )
+
+    t = _triples(parameters, n_species, species, pairs, distances)
+    u_j, u_k, cosine = directions[t.first], directions[t.second], t.cosine[:, None]
+    turn = _outer(t.radial, t.angular_slope)[:, :, None]
+    first = _outer(t.radial_first, t.angular)[:, :, None] * u_j[:, None, :]
+    first += turn * ((u_k - cosine * u_j) / distances[t.first, None])[:, None, :]
+    second = _outer(t.radial_second, t.angular)[:, :, None] * u_k[:, None, :]
+    second += turn * ((u_j - cosine * u_k) / distances[t.second, None])[:, None, :]
+    angular = _sum_blocks(
+        torch.cat([t.block, t.block, t.block]),
+        torch.cat([pairs.neighbour[t.first], pairs.neighbour[t.second], pairs.centre[t.first]]),
+        torch.cat([first, second, -(first + second)]),
+        n_atoms,
+    )
+
+    # from blocks per species (or pair of species) to blocks of BLOCK columns of the whole AEV
+    per_atom = parameters.length(n_species) // BLOCK
+    n_pairs_of_species = n_species * (n_species + 1) // 2
+    rows, atoms, values = [], [], []
+    for (key, atom, value), kinds, width, offset in (
+        (radial, n_species, n_radial, 0),
+        (angular, n_pairs_of_species, n_angular, n_species * n_radial),
+    ):
+        parts = width // BLOCK
+        start = key // kinds * per_atom + offset // BLOCK + key % kinds * parts
+        rows.append((start[:, None] + torch.arange(parts)).reshape(-1))
+        atoms.append(atom.repeat_interleave(parts))
+        values.append(value.reshape(-1, BLOCK, 3))
+    row = torch.cat(rows)
+    order = torch.argsort(row, stable=True)
+    return BlockJacobian(row[order], torch.cat(atoms)[order], torch.cat(values)[order])
+
+
+def _sum_blocks(block: Tensor, atom: Tensor, values: Tensor, n_atoms: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Add up values (n, width, 3) that share block and atom; return unique blocks, atoms and sums."""
+    keys, inverse = torch.unique(block * n_atoms + atom, return_inverse=True)
+    total = values.new_zeros(len(keys), values.shape[1] * 3)
+    total.index_add_(0, inverse, values.reshape(len(values), -1))
+    return keys // n_atoms, keys % n_atoms, total.view(-1, values.shape[1], 3)
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """Return the outer products of two families of vectors, flattened to ``(n, n_left * n_right)``."""
+    return (left[:, :, None] * right[:, None, :]).flatten(1)
+
+
+def _pair_index(a: int | Tensor, b: int | Tensor, n_species: int) -> int | Tensor:
+    """Return the place of an ordered pair ``a <= b`` in the row-wise upper triangle."""
+    return a * n_species - a * (a - 1) // 2 + b - a
+
+
+def _cutoff(distances: Tensor, r_cut: float) -> tuple[Tensor, Tensor]:
+    """Return the cosine cutoff and its slope; both are zero from ``r_cut`` on."""
+    inside = distances < r_cut
+    phase = distances * (math.pi / r_cut)
+    value = torch.where(inside, 0.5 * torch.cos(phase) + 0.5, 0.0)
+    return value, torch.where(inside, -0.5 * math.pi / r_cut * torch.sin(phase), 0.0)
+
+
+def _radial_terms(parameters: AEVParameters, distances: Tensor) -> tuple[Tensor, Tensor]:
+    """Return radial terms and their slopes, both ``(n_pairs, n_radial)``."""
+    cutoff, cutoff_slope = _cutoff(distances, parameters.r_cut_radial)
+    offset = distances[:, None] - distances.new_tensor(parameters.shifts_radial)
+    gaussian = 0.25 * torch.exp(-parameters.eta_radial * offset**2)
+    slope = cutoff_slope[:, None] - 2.0 * parameters.eta_radial * offset * cutoff[:, None]
+    return gaussian * cutoff[:, None], gaussian * slope
+
+
+def _triples(
+    parameters: AEVParameters, n_species: int, species: Tensor, pairs: Neighbours, distances: Tensor
+) -> _Triples:
+    """List the pairs of angular neighbours of every centre and evaluate the factors of their terms."""
+    near = torch.nonzero(distances < parameters.r_cut_angular).squeeze(1)
+    centre = pairs.centre[near]
+    counts = torch.bincount(centre, minlength=len(species))
+    # neighbour number q of a centre with c neighbours is paired with the c - 1 - q that follow it in the list
+    last = torch.cumsum(counts, 0)[centre]
+    followers = last - 1 - torch.arange(len(near))
+    first = torch.repeat_interleave(torch.arange(len(near)), followers)
+    start = torch.cumsum(followers, 0) - followers
+    second = first + 1 + torch.arange(len(first)) - start[first]
+
+    side = species[pairs.neighbour[near]]
+    low, high = torch.minimum(side[first], side[second]), torch.maximum(side[first], side[second])
+    block = centre[first] * (n_species * (n_species + 1) // 2) + _pair_index(low, high, n_species)
+
+    d_near = distances[near]
+    cutoff, cutoff_slope = _cutoff(d_near, parameters.r_cut_angular)
+    directions = pairs.vectors[near] / d_near[:, None]
+    cosine = (directions[first] * directions[second]).sum(1)
+
+    d_j, d_k = d_near[first], d_near[second]
+    f_j, f_k = cutoff[first, None], cutoff[second, None]
+    offset = 0.5 * (d_j + d_k)[:, None] - d_near.new_tensor(parameters.shifts_angular)
+    gaussian = torch.exp(-parameters.eta_angular * offset**2)
+    gaussian_slope = -parameters.eta_angular * offset * gaussian * f_j * f_k  # the half of (d_j + d_k)/2 is in it
+
+    angle = torch.acos(0.95 * cosine)[:, None] - d_near.new_tensor(parameters.sections)
+    base = 0.5 + 0.5 * torch.cos(angle)
+    power = base ** (parameters.zeta - 1.0)
+    bend = -0.95 / torch.sqrt(1.0 - (0.95 * cosine) ** 2)
+    return _Triples(
+        first=near[first],
+        second=near[second],
+        block=block,
+        cosine=cosine,
+        radial=gaussian * f_j * f_k,
+        radial_first=gaussian_slope + gaussian * cutoff_slope[first, None] * f_k,
+        radial_second=gaussian_slope + gaussian * f_j * cutoff_slope[second, None],
+        angular=2.0 * power * base,
+        angular_slope=-parameters.zeta * power * torch.sin(angle) * bend[:, None],
+    )
