@@ -1,0 +1,43 @@
+"""Versions, revision and code fingerprint."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import pytest
+import torch
+
+from tlmc import provenance
+
+
+def test_versions_are_those_of_the_running_packages():
+    versions = provenance.package_versions()
+    # a build tag such as +cpu stays part of the version: it can change a number
+    assert versions["torch"] == torch.__version__
+    assert set(versions) == {"python", *provenance.PACKAGES}
+
+
+def test_revision_is_the_commit_of_the_checkout():
+    head = subprocess.run(
+        ["git", "-C", str(provenance.PACKAGE_DIR), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    if head.returncode:
+        pytest.skip("not a git checkout")
+    assert re.fullmatch(head.stdout.strip() + r"\+?", provenance.git_revision())
+
+
+def test_revision_is_empty_outside_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "PACKAGE_DIR", tmp_path)
+    assert provenance.git_revision() == ""
+
+
+def test_code_hash_follows_names_and_content(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "PACKAGE_DIR", tmp_path)
+    (tmp_path / "a.py").write_text("x = 1\n")
+    first = provenance.code_hash()
+    assert provenance.code_hash() == first
+    (tmp_path / "a.py").write_text("x = 2\n")
+    second = provenance.code_hash()
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    assert len({first, second, provenance.code_hash()}) == 3
