@@ -1,0 +1,326 @@
+"""One machine-readable record of every result: a tidy table of numbers that runs append to and reports read from.
+
+A row is one number of one run on one part of one data set. The table lives in ``reports/metrics`` twice: as
+``summary.parquet``, which is read back, and as ``summary.json``, one row a line, for eyes and for ``git diff``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, Final
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from tlmc.errors import ConfigError, DataError
+from tlmc.evaluation.metrics import Metric
+from tlmc.files import atomic_path, write_text
+from tlmc.paths import reports_dir
+
+SCHEMA: Final = pa.schema(
+    [
+        pa.field("study", pa.string(), nullable=False),
+        pa.field("dataset", pa.string(), nullable=False),
+        pa.field("start_model", pa.string(), nullable=False),
+        pa.field("recipe", pa.string(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("quantity", pa.string(), nullable=False),
+        pa.field("unit", pa.string(), nullable=False),
+        pa.field("value", pa.float64(), nullable=False),
+        pa.field("n_train", pa.int64(), nullable=False),
+        pa.field("run_id", pa.string(), nullable=False),
+    ]
+)
+"""Columns of a record. ``seed`` is that of the split and the training, ``n_train`` the number of training frames (0 for
+a start model as it is), ``unit`` is ``"1"`` for a pure number."""
+
+COLUMNS: Final[tuple[str, ...]] = tuple(SCHEMA.names)
+KEY: Final[tuple[str, ...]] = tuple(name for name in COLUMNS if name != "value")
+"""What identifies a row: everything but its value."""
+
+RECIPES: Final = ("scratch", "start", "start, offset refitted", "thesis", "short")
+"""The order of recipes in tables; others follow by name."""
+
+_TABLE: Final = {
+    "force_rmse_vector": ("F vector (eV/A)", "eV/A", 1.0),
+    "force_rmse_component": ("F component (eV/A)", "eV/A", 1.0),
+    "energy_rmse_per_atom": ("E (meV/atom)", "eV/atom", 1000.0),
+}
+_LOCK_SECONDS: Final = 60
+
+
+def rows_from_metrics(
+    metrics: Mapping[str, Metric],
+    *,
+    study: str,
+    dataset: str,
+    start_model: str,
+    recipe: str,
+    seed: int,
+    split: str,
+    n_train: int,
+    run_id: str,
+) -> list[dict[str, Any]]:
+    """Turn the metrics of one evaluation into records.
+
+    Parameters
+    ----------
+    metrics
+        Quantity to value and unit, as :func:`tlmc.evaluation.evaluate` returns.
+    study
+        The study or profile the run belongs to.
+    dataset, start_model, recipe, seed, split, n_train, run_id
+        What was evaluated, see :data:`SCHEMA`.
+
+    Returns
+    -------
+    list of dict
+        One row per quantity.
+    """
+    run = {
+        "study": study,
+        "dataset": dataset,
+        "start_model": start_model,
+        "recipe": recipe,
+        "seed": seed,
+        "split": split,
+        "n_train": n_train,
+        "run_id": run_id,
+    }
+    return [
+        run | {"quantity": quantity, "unit": metric.unit, "value": metric.value} for quantity, metric in metrics.items()
+    ]
+
+
+def append_records(rows: Iterable[Mapping[str, Any]] | pd.DataFrame, folder: Path | str | None = None) -> Path:
+    """Merge rows into the record; a row whose key is there already replaces the old one.
+
+    Safe beside other processes that append at the same time: the whole of reading, merging and writing is done under a
+    file lock, and each file is replaced by an atomic rename. All rows are checked before anything is written.
+
+    Parameters
+    ----------
+    rows
+        Records with exactly the columns of :data:`SCHEMA`.
+    folder
+        Where ``summary.parquet`` and ``summary.json`` are; ``reports/metrics`` if None.
+
+    Returns
+    -------
+    Path
+        ``summary.parquet``.
+
+    Raises
+    ------
+    ConfigError
+        If a row lacks a column or has an unknown one.
+    DataError
+        If a value has the wrong type or is not finite, if the record cannot be read, or if another process holds its
+        lock for a minute.
+    """
+    if isinstance(rows, pd.DataFrame):
+        rows = [{str(name): value for name, value in row.items()} for row in rows.to_dict("records")]
+    checked = [_checked(row) for row in rows]
+    folder = _folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / "summary.parquet"
+    lock = folder / ".summary.lock"
+    try:
+        with FileLock(lock, timeout=_LOCK_SECONDS):
+            old = _read(target).to_pylist() if target.exists() else []
+            merged = {_key(row): row for row in [*old, *checked]}
+            ordered = [merged[key] for key in sorted(merged)]
+            with atomic_path(target) as temporary:
+                pq.write_table(pa.Table.from_pylist(ordered, schema=SCHEMA), temporary)
+            lines = ",\n".join(" " + json.dumps(row, allow_nan=False) for row in ordered)
+            write_text(folder / "summary.json", f"[\n{lines}\n]\n")
+    except Timeout as error:
+        raise DataError(f"{lock} is held by another process for more than {_LOCK_SECONDS} s") from error
+    return target
+
+
+def read_records(folder: Path | str | None = None, **filters: object) -> pd.DataFrame:
+    """Read the record.
+
+    Parameters
+    ----------
+    folder
+        Where ``summary.parquet`` is; ``reports/metrics`` if None.
+    **filters
+        Column to the value, or the list of values, that rows must have.
+
+    Returns
+    -------
+    DataFrame
+        Columns of :data:`SCHEMA`, sorted by key; no rows if nothing matches.
+
+    Raises
+    ------
+    ConfigError
+        If a filter names no column.
+    DataError
+        If there is no record yet, or it cannot be read.
+    """
+    unknown = sorted(set(filters) - set(COLUMNS))
+    if unknown:
+        raise ConfigError(f"no column {', '.join(unknown)} in the record: columns are {', '.join(COLUMNS)}")
+    target = _folder(folder) / "summary.parquet"
+    if not target.is_file():
+        raise DataError(f"{target} does not exist: no run has recorded a result there yet")
+    records: pd.DataFrame = _read(target).to_pandas()
+    for column, wanted in filters.items():
+        values = list(wanted) if isinstance(wanted, list | tuple | set | frozenset) else [wanted]
+        records = records[records[column].isin(values)]
+    return records.reset_index(drop=True)
+
+
+def comparison_table(records: pd.DataFrame, split: str = "test") -> pd.DataFrame:
+    """Arrange records as tables 4.2 and 4.6 of the thesis: a row per recipe, energy and force errors beside it.
+
+    Parameters
+    ----------
+    records
+        As :func:`read_records` returns; quantities that the table does not show are ignored.
+    split
+        The part of the data the errors are of.
+
+    Returns
+    -------
+    DataFrame
+        A row per study, data set, start model, recipe (in the order of :data:`RECIPES`) and number of training frames,
+        with ``n_seeds`` and, averaged over the seeds, ``F vector (eV/A)``, ``F component (eV/A)`` and ``E (meV/atom)``.
+        A column with ``spread`` after each name is the sample standard deviation over the seeds, NaN where there is one
+        seed only.
+
+    Raises
+    ------
+    DataError
+        If there is nothing to show, if a quantity has another unit than the table, or if one seed of a row has several
+        runs that disagree, of which none can be preferred.
+    """
+    groups = ["study", "dataset", "start_model", "recipe", "n_train"]
+    shown = records[(records["split"] == split) & records["quantity"].isin(list(_TABLE))]
+    if shown.empty:
+        raise DataError(f"no energy or force errors of the {split!r} part among {len(records)} records")
+    for quantity, (_, unit, _) in _TABLE.items():
+        found = set(shown.loc[shown["quantity"] == quantity, "unit"]) - {unit}
+        if found:
+            raise DataError(f"{quantity} is recorded in {', '.join(sorted(found))}, not {unit}")
+    shown = _one_run_per_seed(shown, [*groups, "seed", "quantity"])
+    values = shown.groupby([*groups, "quantity"])["value"]
+    mean, spread = values.mean().unstack("quantity"), values.std().unstack("quantity")
+    table = shown.groupby(groups)["seed"].nunique().rename("n_seeds").to_frame()
+    for quantity, (title, _, factor) in _TABLE.items():
+        table[title] = mean[quantity] * factor if quantity in mean else math.nan
+        table[f"{title} spread"] = spread[quantity] * factor if quantity in spread else math.nan
+    table = table.reset_index()
+    rank = {recipe: f"{i:03d}" for i, recipe in enumerate(RECIPES)}
+    order = table["recipe"].map(lambda recipe: (rank.get(recipe, "999"), recipe))
+    return (
+        table.assign(order=order)
+        .sort_values(["study", "dataset", "start_model", "order", "n_train"])
+        .drop(columns="order")
+        .reset_index(drop=True)
+    )
+
+
+def format_comparison(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a comparison table as text for a README or a notebook.
+
+    Parameters
+    ----------
+    table
+        As :func:`comparison_table` returns.
+
+    Returns
+    -------
+    DataFrame
+        Strings, ``mean ± spread`` where there are several seeds, ``-`` where there is no value; the columns that tell
+        studies, data sets, start models and training-set sizes apart are kept only where they differ.
+    """
+    text = pd.DataFrame({"recipe": table["recipe"]})
+    for column in ("n_train", "start_model", "dataset", "study"):
+        # start models have seen no frames, so their zero says nothing that the recipe does not
+        trained = table.loc[table["n_train"] > 0, column] if column == "n_train" else table[column]
+        if trained.nunique() > 1:
+            text.insert(0, column, table[column].astype(str))
+    for title, _, factor in _TABLE.values():
+        digits = 4 if factor == 1.0 else 2
+        text[title] = [
+            _with_spread(mean, spread, digits)
+            for mean, spread in zip(table[title], table[f"{title} spread"], strict=True)
+        ]
+    return text
+
+
+def _one_run_per_seed(records: pd.DataFrame, key: list[str]) -> pd.DataFrame:
+    """Drop repetitions: several runs may evaluate the same start model, and then agree but for rounding."""
+    values = records.groupby(key)["value"]
+    disagree = values.transform("max") - values.transform("min") > 1e-5 * values.transform("max").abs()
+    if disagree.any():
+        row = records[disagree].iloc[0]
+        runs = records.loc[(records[key] == row[key]).all(axis=1), "run_id"]
+        raise DataError(
+            f"{row['dataset']}, recipe {row['recipe']!r}, seed {row['seed']}, {row['n_train']} training frames: "
+            f"runs {', '.join(runs)} disagree on {row['quantity']}: choose by run_id"
+        )
+    return records.drop_duplicates(key)
+
+
+def _with_spread(mean: float, spread: float, digits: int) -> str:
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:.{digits}f}" if math.isnan(spread) else f"{mean:.{digits}f} ± {spread:.{digits}f}"
+
+
+def _folder(folder: Path | str | None) -> Path:
+    return reports_dir() / "metrics" if folder is None else Path(folder)
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KEY)
+
+
+def _checked(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row with plain Python values in the order of the columns."""
+    missing, unknown = set(COLUMNS) - set(row), set(row) - set(COLUMNS)
+    if missing or unknown:
+        problems = [
+            f"{verb} {', '.join(sorted(map(str, names)))}"
+            for verb, names in (("lacks", missing), ("has unknown", unknown))
+            if names
+        ]
+        raise ConfigError(f"record {dict(row)} {' and '.join(problems)}: columns are {', '.join(COLUMNS)}")
+    checked: dict[str, Any] = {}
+    for field in SCHEMA:
+        name, value = field.name, row[field.name]
+        if field.type == pa.string():
+            if not isinstance(value, str) or not value:
+                raise DataError(f"record of {row['quantity']!r}: {name} must be text that is not empty, got {value!r}")
+            checked[name] = value
+        elif field.type == pa.int64():
+            if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 0:
+                raise DataError(f"record of {row['quantity']!r}: {name} must be an integer >= 0, got {value!r}")
+            checked[name] = int(value)
+        else:
+            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+                raise DataError(f"record of {row['quantity']!r}: {name} must be a finite number, got {value!r}")
+            checked[name] = float(value)
+    return checked
+
+
+def _read(target: Path) -> pa.Table:
+    try:
+        table = pq.read_table(target)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{target} cannot be read as Parquet: {error}") from error
+    if table.schema.names != list(COLUMNS) or table.schema.types != SCHEMA.types:
+        raise DataError(f"{target} is not a record of results: its columns are {', '.join(table.schema.names)}")
+    return table
