@@ -17,3 +17,7 @@ class ModelError(TlmcError):
 
 class ConfigError(TlmcError):
     """A parameter, profile or notebook setting that is unknown or out of range."""
+
+
+class StudyError(TlmcError):
+    """A notebook of the study that failed or did not finish."""
