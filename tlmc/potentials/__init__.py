@@ -1,1 +1,29 @@
-"""."""
+"""Start models, what fine-tuning may change in them, and what they compute."""
+
+from __future__ import annotations
+
+from tlmc.potentials.calculator import Predictions, TlmcCalculator, energy_spread, member_energies, predict
+from tlmc.potentials.export import export_state_dict, to_torchani
+from tlmc.potentials.model import Layer, Potential
+from tlmc.potentials.pretrained import load_start_model, reachable, start_models, weights_path
+from tlmc.potentials.transfer import THESIS_DONORS, relabel, scratch, trainable_layers
+
+__all__ = [
+    "THESIS_DONORS",
+    "Layer",
+    "Potential",
+    "Predictions",
+    "TlmcCalculator",
+    "energy_spread",
+    "export_state_dict",
+    "load_start_model",
+    "member_energies",
+    "predict",
+    "reachable",
+    "relabel",
+    "scratch",
+    "start_models",
+    "to_torchani",
+    "trainable_layers",
+    "weights_path",
+]

@@ -1,4 +1,4 @@
-"""A start or fine-tuned model as plain arrays: descriptor constants, one stacked network per element, reference energies."""
+"""A start or fine-tuned model as plain arrays: descriptor constants, stacked networks, reference energies."""
 
 from __future__ import annotations
 
@@ -99,13 +99,28 @@ class Potential:
             )
         return torch.tensor([index[symbol] for symbol in symbols])
 
+    def offsets(self, frame: Atoms) -> Tensor:
+        """Return self energy plus fitted reference of every atom, float64 eV, shape ``(n_atoms,)``.
+
+        Raises
+        ------
+        ModelError
+            If the model, or its fitted reference, does not cover an element of the frame.
+        """
+        species = self.species(frame)
+        self_energies = torch.tensor([self.self_energies[symbol] for symbol in self.symbols], dtype=torch.float64)
+        total = self_energies[species]
+        if self.reference is not None:
+            fitted, symbols = self.reference.offsets, frame.get_chemical_symbols()
+            missing = sorted(set(symbols) - set(fitted))
+            if missing:
+                raise ModelError(
+                    f"the reference energies of this model were fitted for {', '.join(sorted(fitted))} only, not for "
+                    f"{', '.join(missing)} in {frame.get_chemical_formula()}: fit them on frames of this composition"
+                )
+            total += torch.tensor([fitted[symbol] for symbol in symbols], dtype=torch.float64)
+        return total
+
     def atomic_reference(self, frames: Sequence[Atoms]) -> Tensor:
-        """Return self energies plus the fitted reference, summed per frame, float64 eV, shape ``(n_frames,)``."""
-        sums = []
-        for frame in frames:
-            symbols = frame.get_chemical_symbols()
-            total = sum(self.self_energies[self.element_map.get(symbol, symbol)] for symbol in symbols)
-            if self.reference is not None:
-                total += sum(self.reference.offsets[symbol] for symbol in symbols)
-            sums.append(total)
-        return torch.tensor(sums, dtype=torch.float64)
+        """Return `offsets` summed per frame, float64 eV, shape ``(n_frames,)``."""
+        return torch.tensor([float(self.offsets(frame).sum()) for frame in frames], dtype=torch.float64)

@@ -1,0 +1,195 @@
+"""Energies, forces and stress of a start or fine-tuned model, for lists of frames and as an ASE calculator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator, all_changes
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tlmc.descriptors.aev import Neighbours, aev, aev_backward, neighbours
+from tlmc.errors import DataError, ModelError
+from tlmc.potentials.model import Potential
+from tlmc.potentials.network import backward, forward
+
+OVERLAP = 0.1
+"""Distance in Angstrom below which two atoms count as one written twice."""
+
+
+class Predictions(NamedTuple):
+    """What a model says about some frames."""
+
+    energies: NDArray[np.float64]
+    """eV, shape ``(n_frames,)``, self energies and fitted reference included."""
+    forces: tuple[NDArray[np.float64], ...]
+    """eV/Angstrom, each of shape ``(n_atoms, 3)``."""
+    stresses: tuple[NDArray[np.float64] | None, ...] = ()
+    """eV/Angstrom^3 in ASE's Voigt order (xx, yy, zz, yz, xz, xy), or None for a frame not periodic in 3 directions."""
+
+
+class _Evaluation(NamedTuple):
+    energies: NDArray[np.float64]
+    forces: NDArray[np.float64]
+    stress: NDArray[np.float64] | None
+
+
+def predict(model: Potential, frames: Sequence[Atoms]) -> Predictions:
+    """Return energies, forces and stresses of frames, each evaluated by itself.
+
+    Parameters
+    ----------
+    model
+        Its weights' precision is that of the computation; sums over atoms are float64 in any case.
+    frames
+        Molecules and crystals, of any size against the cutoff.
+
+    Raises
+    ------
+    ModelError
+        If a frame holds an element that the model, or its fitted reference, does not cover.
+    DataError
+        If positions or cell are not finite, a periodic direction has no cell vector, or two atoms coincide.
+    """
+    results = [_evaluate(model, frame, f"frame {k}") for k, frame in enumerate(frames)]
+    return Predictions(
+        np.array([result.energies.sum() for result in results], dtype=np.float64),
+        tuple(result.forces for result in results),
+        tuple(result.stress for result in results),
+    )
+
+
+def member_energies(model: Potential, frame: Atoms) -> NDArray[np.float64]:
+    """Return the energy of a frame according to each member of the ensemble, eV, shape ``(members,)``.
+
+    Raises
+    ------
+    ModelError, DataError
+        As in `predict`.
+    """
+    species, pairs = _environment(model, frame, "frame")
+    features = aev(model.aev, len(model.symbols), species, pairs)
+    total = torch.zeros(model.members, dtype=torch.float64)
+    for s, rows in _by_species(species):
+        total += forward(model.networks[model.symbols[s]], features[rows])[0].to(torch.float64).sum(1)
+    energies: NDArray[np.float64] = (model.scale * total + model.offsets(frame).sum()).numpy()
+    return energies
+
+
+def energy_spread(model: Potential, frames: Sequence[Atoms]) -> NDArray[np.float64]:
+    r"""Return the disagreement of the members, :math:`\sigma / \sqrt{N}` (query by committee; thesis 2.4).
+
+    :math:`\sigma` is the sample standard deviation (``members - 1``) of the energies of a frame of N atoms; dividing by
+    the root of N follows ANI, since independent errors of atoms grow like that.
+
+    Returns
+    -------
+    NDArray
+        eV per root of an atom, shape ``(n_frames,)``.
+
+    Raises
+    ------
+    ModelError
+        If the model has one member, or as in `predict`.
+    """
+    if model.members < 2:
+        raise ModelError(f"{model.name} has {model.members} member: a spread needs an ensemble, e.g. ani2x")
+    return np.array([member_energies(model, frame).std(ddof=1) / np.sqrt(len(frame)) for frame in frames])
+
+
+class TlmcCalculator(Calculator):
+    """ASE calculator of a potential: energy, energies of atoms, forces, and stress for 3D-periodic frames.
+
+    Parameters
+    ----------
+    potential
+        A start or fine-tuned model; convert it (``potential.to(torch.float64)``) where float32 is too coarse, e.g. for
+        finite differences or tight relaxations.
+
+    Notes
+    -----
+    ``free_energy`` equals ``energy``. Asking for the stress of a frame that is not periodic in three directions raises
+    ASE's ``PropertyNotImplementedError``.
+    """
+
+    implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]
+
+    def __init__(self, potential: Potential) -> None:
+        Calculator.__init__(self)
+        self.potential = potential
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = all_changes,
+    ) -> None:
+        """Evaluate a frame; all properties come out of one sweep (ASE calls this)."""
+        Calculator.calculate(self, atoms, properties, system_changes)
+        result = _evaluate(self.potential, cast(Atoms, self.atoms), "frame")
+        energy = float(result.energies.sum())
+        self.results: dict[str, Any] = {
+            "energy": energy,
+            "free_energy": energy,
+            "energies": result.energies,
+            "forces": result.forces,
+        }
+        if result.stress is not None:
+            self.results["stress"] = result.stress
+
+
+def _evaluate(model: Potential, frame: Atoms, label: str) -> _Evaluation:
+    """Return energies of the atoms, forces and stress of one frame."""
+    species, pairs = _environment(model, frame, label)
+    n_species = len(model.symbols)
+    features = aev(model.aev, n_species, species, pairs)
+    output = torch.zeros(len(frame), dtype=torch.float64)
+    gradient = torch.zeros_like(features)
+    for s, rows in _by_species(species):
+        layers = model.networks[model.symbols[s]]
+        energies, slopes = forward(layers, features[rows])
+        output[rows] = energies.to(torch.float64).mean(0)
+        gradient[rows] = backward(layers, slopes)
+    # dE/dv of every pair; a pair vector is x_j + shift - x_i
+    slope = aev_backward(model.aev, n_species, species, pairs, gradient).to(torch.float64) * model.scale
+    forces = torch.zeros(len(frame), 3, dtype=torch.float64)
+    forces.index_add_(0, pairs.centre, slope)
+    forces.index_add_(0, pairs.neighbour, -slope)
+    stress = None
+    if frame.pbc.all():
+        # a strain e turns every v into (1 + e) v; each pair is listed from both ends, so nothing is counted twice
+        virial = slope.T @ pairs.vectors.to(torch.float64)
+        stress = (0.5 * (virial + virial.T) / frame.get_volume()).numpy()
+        stress = stress[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
+    return _Evaluation((model.scale * output + model.offsets(frame)).numpy(), forces.numpy(), stress)
+
+
+def _environment(model: Potential, frame: Atoms, label: str) -> tuple[Tensor, Neighbours]:
+    """Return network indices and neighbours of a frame that passed the checks."""
+    species = model.species(frame)
+    name = f"{label} ({frame.get_chemical_formula()})"
+    for what, values in (("position", frame.positions), ("cell vector", frame.cell.array)):
+        wrong = ~np.isfinite(values).all(1)
+        if wrong.any():
+            raise DataError(f"{name}: {what} {int(wrong.argmax())} is {values[wrong.argmax()].tolist()}")
+    rank = int(np.linalg.matrix_rank(frame.cell.array[frame.pbc])) if frame.pbc.any() else 0
+    if rank < frame.pbc.sum():
+        raise DataError(
+            f"{name}: periodic in {frame.pbc.sum()} directions, but the cell {frame.cell.array.tolist()} spans {rank}"
+        )
+    pairs = neighbours(frame, model.aev.r_cut_radial, model.dtype)
+    if len(pairs.vectors):
+        distance, k = torch.linalg.vector_norm(pairs.vectors, dim=1).min(0)
+        if distance < OVERLAP:
+            i, j = int(pairs.centre[k]), int(pairs.neighbour[k])
+            raise DataError(f"{name}: atoms {i} and {j} are {float(distance):.3g} A apart")
+    return species, pairs
+
+
+def _by_species(species: Tensor) -> list[tuple[int, Tensor]]:
+    """Return every species present with the atoms it has."""
+    return [(int(s), torch.nonzero(species == s).squeeze(1)) for s in species.unique()]

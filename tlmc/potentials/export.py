@@ -1,0 +1,112 @@
+"""Hand a potential to torchani: as a model, or as a state dict on disk."""
+
+from __future__ import annotations
+
+import warnings
+from itertools import combinations_with_replacement
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torchani.paths  # noqa: F401 (the package itself; its submodules load on first use)
+from torch import Tensor
+
+from tlmc.files import atomic_path
+from tlmc.potentials.model import Layer, Potential
+
+if TYPE_CHECKING:
+    from torchani.arch import ANI
+
+
+def to_torchani(model: Potential) -> ANI:
+    """Build the torchani model that computes the same energies, in Hartree.
+
+    Self energies and the fitted reference, per element, are in its energy shifter. torchani has no notion of a borrowed
+    network, so a borrowed element becomes one of its own: it gets a copy of its donor's network, and in all networks its
+    descriptor channels carry the weights of the donor's. Since first layers are linear in the channels, energies and
+    forces stay the same; further training in torchani would let the copies part.
+
+    Parameters
+    ----------
+    model
+        A start or fine-tuned model. ``ani2x`` without borrowed elements gives the architecture of
+        ``torchani.models.ANI2x()``, with the same keys in its state dict.
+
+    Returns
+    -------
+    torchani.arch.ANI
+        In the precision of `model`, on the CPU, without gradients. Elements follow `model.elements`, less those that a
+        fitted reference does not cover.
+
+    Notes
+    -----
+    torchani adds up in the precision of the model: in float32 the energy of a crystal of a hundred atoms is exact to
+    about a meV only.
+    """
+    with warnings.catch_warnings():
+        # said on first import, about optional CUDA kernels; this model does not use them
+        warnings.filterwarnings("ignore", message="The extensions", category=UserWarning)
+        from torchani.aev import AEVComputer, ANIAngular, ANIRadial
+        from torchani.arch import ANI
+        from torchani.nn import ANINetworks, AtomicNetwork, Ensemble
+        from torchani.sae import SelfEnergy
+
+    symbols = tuple(e for e in model.elements if model.reference is None or e in model.reference.offsets)
+    donors = [model.symbols.index(model.element_map.get(symbol, symbol)) for symbol in symbols]
+    columns = _borrowed_columns(model, donors)
+    p = model.aev
+    computer = AEVComputer(
+        ANIRadial(p.eta_radial, p.shifts_radial, p.r_cut_radial),
+        ANIAngular(p.eta_angular, p.zeta, p.shifts_angular, p.sections, p.r_cut_angular),
+        num_species=len(symbols),
+    )
+
+    def network(layers: tuple[Layer, ...], member: int) -> AtomicNetwork:
+        first, *rest = layers
+        widths = [len(columns), *(layer.weight.shape[2] for layer in layers)]
+        result = AtomicNetwork(widths, activation="celu", bias=True).to(model.dtype)
+        for i, layer in enumerate((Layer(first.weight[:, columns], first.bias), *rest)):
+            result[i].load_state_dict({"weight": layer.weight[member].t(), "bias": layer.bias[member, 0]})
+        return result
+
+    members = [
+        ANINetworks({s: network(model.networks[model.symbols[d]], m) for s, d in zip(symbols, donors, strict=True)})
+        for m in range(model.members)
+    ]
+    shifts = [model.self_energies[model.symbols[donor]] for donor in donors]
+    if model.reference is not None:
+        shifts = [shift + model.reference.offsets[symbol] for symbol, shift in zip(symbols, shifts, strict=True)]
+    shifter = SelfEnergy(symbols, shifts)
+    shifter.self_energies = torch.tensor(shifts, dtype=torch.float64).div(model.scale).to(model.dtype)
+    result = ANI(symbols, computer, members[0] if len(members) == 1 else Ensemble(members), shifter)
+    return cast("ANI", result.to(model.dtype).requires_grad_(False))
+
+
+def export_state_dict(model: Potential, path: Path | str) -> None:
+    """Write the state dict of `to_torchani` atomically.
+
+    It holds tensors only: ``torch.load(path, weights_only=True)`` reads it, and a fine-tuned ``ani2x`` loads into
+    ``torchani.models.ANI2x()`` with ``load_state_dict``. Cutoffs and activation are not in a state dict; they are those
+    of the start model.
+
+    Parameters
+    ----------
+    model
+        Potential to export.
+    path
+        File to write, by convention ``.pt``.
+    """
+    with atomic_path(path) as temporary:
+        torch.save(to_torchani(model).state_dict(), temporary)
+
+
+def _borrowed_columns(model: Potential, donors: list[int]) -> Tensor:
+    """Return for every descriptor column of the elements in `donors` the column of `model` it stands for."""
+    n_species, p = len(model.symbols), model.aev
+    starts = torch.tensor([donor * p.n_radial for donor in donors])
+    radial = starts[:, None] + torch.arange(p.n_radial)
+    # pairs of elements follow the upper triangle of a matrix, row by row
+    place = {pair: k for k, pair in enumerate(combinations_with_replacement(range(n_species), 2))}
+    pairs = [place[min(pair), max(pair)] for pair in combinations_with_replacement(donors, 2)]
+    angular = torch.tensor(pairs)[:, None] * p.n_angular + torch.arange(p.n_angular) + n_species * p.n_radial
+    return torch.cat([radial.flatten(), angular.flatten()])
