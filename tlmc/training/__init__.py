@@ -1,1 +1,3 @@
-"""."""
+"""Fine-tuning on cached descriptors: cache, exact engine, protocol, checkpoints."""
+
+from __future__ import annotations

@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
 import torch
 from ase import Atoms
 from scipy.sparse import bsr_array
@@ -37,7 +36,14 @@ from tlmc.potentials.model import Potential
 
 LAYOUT_VERSION = 1
 _LOG = logging.getLogger(__name__)
-_ARRAYS = {"G": None, "values": None, "columns_of_blocks": torch.int32, "starts": torch.int32, "species": torch.int32, "order": torch.int32}
+_ARRAYS = {
+    "G": None,
+    "values": None,
+    "columns_of_blocks": torch.int32,
+    "starts": torch.int32,
+    "species": torch.int32,
+    "order": torch.int32,
+}
 
 
 class Structure(NamedTuple):
@@ -95,7 +101,7 @@ def build_cache(
     frames: Sequence[Atoms],
     dtype: torch.dtype = torch.float32,
     folder: Path | None = None,
-    report: Callable[[int, int], None] | None = None,
+    report: Callable[[int], object] | None = None,
 ) -> DescriptorCache:
     """Open the cache of these frames, computing it first if it is not on disk yet.
 
@@ -106,11 +112,11 @@ def build_cache(
     frames
         Molecules and crystals of any size, small cells included.
     dtype
-        Precision of the stored numbers; they are computed in the same precision from float64 pair vectors.
+        Precision of the stored numbers; they are computed in float64.
     folder
         Where caches live; the user's cache folder by default.
     report
-        Called with (frames done, frames in all) while computing.
+        Called with 1 after every frame that is computed.
 
     Raises
     ------
@@ -133,7 +139,9 @@ def build_cache(
             partial.rename(target)
         except OSError as error:
             if error.errno == errno.ENOSPC:
-                raise DataError(f"no space left for the descriptor cache in {folder}: free some or set TLMC_CACHE_DIR") from error
+                raise DataError(
+                    f"no space left for the descriptor cache in {folder}: free some or set TLMC_CACHE_DIR"
+                ) from error
             # another process may have finished the same cache in the meantime, which is as good
             if not _is_complete(target):
                 raise
@@ -144,7 +152,13 @@ def build_cache(
 
 def _key(model: Potential, frames: Sequence[Atoms], species: Sequence[Tensor], dtype: torch.dtype) -> str:
     """Return a hash of layout, descriptor constants, precision, channels and geometries."""
-    head = {"layout": LAYOUT_VERSION, "block": BLOCK, "dtype": str(dtype), "aev": asdict(model.aev), "n_species": len(model.symbols)}
+    head = {
+        "layout": LAYOUT_VERSION,
+        "block": BLOCK,
+        "dtype": str(dtype),
+        "aev": asdict(model.aev),
+        "n_species": len(model.symbols),
+    }
     digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
     for frame, channels in zip(frames, species, strict=True):
         digest.update(frame_hash(frame).encode())
@@ -158,7 +172,7 @@ def _write(
     frames: Sequence[Atoms],
     species: Sequence[Tensor],
     dtype: torch.dtype,
-    report: Callable[[int, int], None] | None,
+    report: Callable[[int], object] | None,
 ) -> None:
     n_species = len(model.symbols)
     present = sorted({int(s) for channels in species for s in channels.unique()})
@@ -173,23 +187,35 @@ def _write(
         for number, (frame, channels) in enumerate(zip(frames, species, strict=True)):
             order = torch.argsort(channels, stable=True)
             channels = channels[order]
-            pairs = neighbours(frame[order.numpy()], model.aev.r_cut_radial, dtype)
+            pairs = neighbours(frame[order.numpy()], model.aev.r_cut_radial)
             G = aev(model.aev, n_species, channels, pairs)[:, columns]
             J = aev_jacobian(model.aev, n_species, channels, pairs)
             rows = J.rows // per_atom_all * per_atom + new_block[J.rows % per_atom_all]
             starts = torch.searchsorted(rows, torch.arange(len(frame) * per_atom + 1))
-            arrays = {"G": G, "values": J.values, "columns_of_blocks": J.atoms, "starts": starts, "species": channels, "order": order}
+            arrays = {
+                "G": G,
+                "values": J.values,
+                "columns_of_blocks": J.atoms,
+                "starts": starts,
+                "species": channels,
+                "order": order,
+            }
             for name, array in arrays.items():
                 streams[name].write(array.to(_ARRAYS[name] or dtype).contiguous().numpy().tobytes())
             sizes.append({"atoms": len(frame), "blocks": len(J.values)})
             if number == 0:
                 _check_space(folder, sum(s.tell() for s in streams.values()) / len(frame), frames)
             if report is not None:
-                report(number + 1, len(frames))
+                report(1)
     finally:
         for stream in streams.values():
             stream.close()
-    meta = {"layout": LAYOUT_VERSION, "dtype": str(dtype).removeprefix("torch."), "columns": columns.tolist(), "frames": sizes}
+    meta = {
+        "layout": LAYOUT_VERSION,
+        "dtype": str(dtype).removeprefix("torch."),
+        "columns": columns.tolist(),
+        "frames": sizes,
+    }
     write_json(folder / "meta.json", meta)
 
 
@@ -257,7 +283,9 @@ def _open(folder: Path) -> DescriptorCache:
                 order=arrays["order"][atom : atom + n].long(),
                 G=arrays["G"][atom * n_columns : (atom + n) * n_columns].view(n, n_columns),
                 jacobian=bsr_array(
-                    (values.numpy(), columns_of_blocks.numpy(), starts.numpy()), shape=(n * n_columns, 3 * n), copy=False
+                    (values.numpy(), columns_of_blocks.numpy(), starts.numpy()),
+                    shape=(n * n_columns, 3 * n),
+                    copy=False,
                 ),
                 rows=torch.repeat_interleave(torch.arange(n_rows), starts.diff()),
                 atoms=columns_of_blocks.long(),
@@ -266,5 +294,3 @@ def _open(folder: Path) -> DescriptorCache:
         )
         atom, block, start = atom + n, block + n_blocks, start + n_rows + 1
     return DescriptorCache(folder, torch.tensor(meta["columns"]), tuple(structures))
-
-

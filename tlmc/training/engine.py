@@ -4,13 +4,15 @@ Notation for one element: ``a_0 = G`` (n, K) its active descriptor columns, ``M`
 ``z_l = a_{l-1} W_l + b_l``, ``a_l = celu(z_l)``, slope ``s_l``, curvature ``p_l``; atomic energy
 ``e = scale * mean_m(a_L w + b)``; ``J = dG/dx``.
 
-1. Forward, then backward to the input: ``q_L = scale w / M``, ``d_l = s_l q_l``, ``q_{l-1} = d_l W_l^T``; ``g = q_0 = de/dG``.
+1. Forward, then backward to the input: ``q_L = scale w / M``, ``d_l = s_l q_l``, ``q_{l-1} = d_l W_l^T``;
+   ``g = q_0 = de/dG``.
 2. ``F = -J^T g``; the loss gives ``r = dL/dF`` and ``c = dL/dE`` (handed to the atoms); ``v = dL/dg = -J r``.
 3. For weights, the gradient of L is that of ``S = sum_i c_i e_i + <v, g>``, and ``<v, g>`` is the change of the energy
    along ``v``: the tangent ``t_1 = v W_1``, ``h_l = s_l t_l``, ``t_{l+1} = h_l W_{l+1}`` carries it.
 4. One reverse sweep, since the adjoints of the tangents are the q and d of step 1:
    ``y_L = q_L (s_L c + p_L t_L)``, ``y_l = s_l (y_{l+1} W_{l+1}^T) + p_l t_l q_l``,
-   ``dW_l = a_{l-1}^T y_l + h_{l-1}^T d_l`` (``h_0 = v``), ``db_l = sum y_l``, ``dw = (scale/M) sum (c a_L + h_L)``, ``db = (scale/M) sum c``.
+   ``dW_l = a_{l-1}^T y_l + h_{l-1}^T d_l`` (``h_0 = v``), ``db_l = sum y_l``,
+   ``dw = (scale/M) sum (c a_L + h_L)``, ``db = (scale/M) sum c``.
 
 For CELU with width ``alpha``: ``s = exp(min(z, 0)/alpha)``, ``a = max(z, 0) + alpha (s - 1)``, and ``p = s/alpha`` where
 ``z < 0``, so that ``p t q = d t / alpha`` there: the exponential is evaluated once per layer.
@@ -117,8 +119,16 @@ class Engine:
         }
         for k, layers in laid_out.items():
             if len(layers) != len(self.trainable):
-                raise ValueError(f"{model.symbols[k]} has {len(layers)} layers, but {len(self.trainable)} schemes are given")
-        parts = [part for layers in laid_out.values() for layer, on in zip(layers, trainable, strict=True) if on for part in layer]
+                raise ValueError(
+                    f"{model.symbols[k]} has {len(layers)} layers, but {len(self.trainable)} schemes are given"
+                )
+        parts = [
+            part
+            for layers in laid_out.values()
+            for layer, on in zip(layers, trainable, strict=True)
+            if on
+            for part in layer
+        ]
         self.flat = torch.cat([part.reshape(-1) for part in parts])
         """Trainable weights; an optimiser changes them in place."""
         self.gradient = torch.zeros_like(self.flat)
@@ -132,7 +142,11 @@ class Engine:
         return EnergiesForces(energies, self._forces(batch, g))
 
     def loss_gradient(
-        self, batch: Batch, energies: Tensor, forces: Tensor, loss: Callable[[Tensor, Tensor, Tensor, Tensor], LossAndSlopes]
+        self,
+        batch: Batch,
+        energies: Tensor,
+        forces: Tensor,
+        loss: Callable[[Tensor, Tensor, Tensor, Tensor], LossAndSlopes],
     ) -> LossAndSlopes:
         """Fill :attr:`gradient` with the gradient of the loss of a batch.
 
@@ -203,7 +217,8 @@ class Engine:
 
     def _views(self, flat: Tensor, like: Mapping[int, Sequence[Layer]]) -> dict[int, list[Layer]]:
         """Cut a flat buffer into the trainable layers; layers that do not train stay those of `like`."""
-        offset, views = 0, {}
+        offset = 0
+        views: dict[int, list[Layer]] = {}
         for k, layers in like.items():
             views[k] = []
             for layer, on in zip(layers, self.trainable, strict=True):
@@ -227,7 +242,10 @@ class Engine:
             members, n = w.shape[0], atoms.stop - atoms.start
             first = torch.addmm(hidden[0].bias, batch.G[atoms], hidden[0].weight)
             z = first.view(n, members, -1).transpose(0, 1)
-            activations, slopes, q, d = [], [], [], []
+            activations: list[Tensor] = []
+            slopes: list[Tensor] = []
+            q: list[Tensor] = []
+            d: list[Tensor] = []
             for number in range(len(hidden)):
                 if number > 0:
                     z = torch.baddbmm(hidden[number].bias, activations[-1], hidden[number].weight)
@@ -256,7 +274,8 @@ class Engine:
         """Steps 3 and 4 for one element: tangent up, reverse sweep down to the lowest layer that trains."""
         *hidden, (w, _) = self._layers[k]
         slots, n, members = self._slots[k], len(G), w.shape[0]
-        tangents, lifted = [], []
+        tangents: list[Tensor] = []
+        lifted: list[Tensor] = []
         t = torch.mm(v, hidden[0].weight).view(n, members, -1).transpose(0, 1)
         for number, slope in enumerate(sweep.slopes):
             if number > 0:

@@ -32,7 +32,7 @@ def batch_loss(
     r"""Return ``L = lambda MSE(F) + (1 - lambda) MSE(E/N)``, averaged over the structures of a batch.
 
     ``MSE(F)`` of one structure is ``(1/N) sum_i |dF_i|^2``, summed over x, y and z. With ``kind="huber"`` every square
-    ``x^2`` becomes ``x^2`` below `delta` and ``delta (2|x| - delta)`` above, for force components and energies per atom.
+    ``x^2`` of a force component or energy per atom is kept below `delta` and becomes ``delta (2|x| - delta)`` above.
 
     Parameters
     ----------
@@ -63,5 +63,3 @@ def _penalty(error: Tensor, kind: LossKind, delta: float) -> tuple[Tensor, Tenso
         return error.square(), 2.0 * error
     clipped = error.clamp(-delta, delta)
     return clipped * (2.0 * error - clipped), 2.0 * clipped
-
-

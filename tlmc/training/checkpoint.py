@@ -1,0 +1,133 @@
+"""Models on disk: tensors as safetensors, everything else as JSON in the same file's header; nothing is executed."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tlmc.descriptors.aev import AEVParameters
+from tlmc.errors import ModelError
+from tlmc.files import atomic_path
+from tlmc.potentials.model import Layer, Potential
+from tlmc.provenance import git_revision, package_versions
+from tlmc.reference import ReferenceEnergies
+
+FORMAT = "tlmc-model-1"
+
+
+def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write tensors and JSON metadata to one safetensors file, atomically."""
+    with atomic_path(path) as temporary:
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+            temporary,
+            metadata={"tlmc": json.dumps(metadata, allow_nan=False)},
+        )
+
+
+def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`save_tensors` wrote.
+
+    Raises
+    ------
+    ModelError
+        If the file is missing, damaged or not written by this package.
+    """
+    try:
+        with safe_open(path, framework="pt") as stream:
+            metadata = json.loads((stream.metadata() or {})["tlmc"])
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a mapping
+    except FileNotFoundError as error:
+        raise ModelError(f"{path} does not exist") from error
+    except (SafetensorError, struct.error, json.JSONDecodeError) as error:
+        raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
+    except KeyError as error:
+        raise ModelError(f"{path} is a safetensors file, but not one that tlmc wrote") from error
+    # the file's memory map must not outlive the file's name: a resumed run replaces it
+    return {name: tensor.clone() for name, tensor in tensors.items()}, metadata
+
+
+def save_model(potential: Potential, path: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write a model to one ``.safetensors`` file.
+
+    Parameters
+    ----------
+    potential
+        Model with its reference energies.
+    path
+        File to write; it appears whole or not at all.
+    metadata
+        Anything JSON can hold (configuration, data hash, metrics); package versions and git revision are added.
+    """
+    description = {
+        "format": FORMAT,
+        "model": {
+            "name": potential.name,
+            "symbols": potential.symbols,
+            "aev": asdict(potential.aev),
+            "self_energies": potential.self_energies,
+            "fingerprint": potential.fingerprint,
+            "element_map": potential.element_map,
+            "reference": None if potential.reference is None else potential.reference.to_json(),
+            "scale": potential.scale,
+        },
+        "versions": package_versions(),
+        "git_revision": git_revision(),
+        "metadata": dict(metadata or {}),
+    }
+    tensors = {
+        f"{symbol}.{number}.{part}": tensor
+        for symbol, layers in potential.networks.items()
+        for number, layer in enumerate(layers)
+        for part, tensor in zip(("weight", "bias"), layer, strict=True)
+    }
+    save_tensors(path, tensors, description)
+
+
+def load_model(path: Path | str) -> tuple[Potential, dict[str, Any]]:
+    """Read a model and the metadata given to :func:`save_model`; ``versions`` and ``git_revision`` are added to it.
+
+    Raises
+    ------
+    ModelError
+        If the file is missing, damaged, not a model, or of a layout this version does not know.
+    """
+    tensors, description = load_tensors(path)
+    if description.get("format") != FORMAT:
+        raise ModelError(f"{path} holds {description.get('format', 'no model')!r}, this version reads {FORMAT!r}")
+    try:
+        content = description["model"]
+        depth = 1 + max(int(name.split(".")[1]) for name in tensors)
+        networks = {
+            symbol: tuple(
+                Layer(tensors[f"{symbol}.{number}.weight"], tensors[f"{symbol}.{number}.bias"])
+                for number in range(depth)
+            )
+            for symbol in content["symbols"]
+        }
+        aev = AEVParameters(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in content["aev"].items()}
+        )
+        potential = Potential(
+            name=content["name"],
+            symbols=tuple(content["symbols"]),
+            aev=aev,
+            networks=networks,
+            self_energies=content["self_energies"],
+            fingerprint=content["fingerprint"],
+            element_map=content["element_map"],
+            reference=None if content["reference"] is None else ReferenceEnergies.from_json(content["reference"]),
+            scale=content["scale"],
+        )
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ModelError(f"{path} lacks a part of the model or holds a wrong one: {error}") from error
+    metadata = {"versions": description["versions"], "git_revision": description["git_revision"]}
+    return potential, metadata | description["metadata"]

@@ -1,0 +1,556 @@
+"""Fine-tuning of a start model on a labelled data set: protocol, options, progress and resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tlmc.datasets import Dataset
+from tlmc.errors import ConfigError, DataError, ModelError
+from tlmc.files import atomic_path, write_json
+from tlmc.potentials.model import Potential
+from tlmc.potentials.transfer import scratch, trainable_layers
+from tlmc.reference import fit_reference
+from tlmc.splits import Split
+from tlmc.training.cache import DescriptorCache, build_cache
+from tlmc.training.checkpoint import load_model, load_tensors, save_model, save_tensors
+from tlmc.training.engine import Batch, Engine, merge
+from tlmc.training.loss import LossAndSlopes, LossKind, batch_loss
+
+_LOG = logging.getLogger(__name__)
+
+
+class FinetuneConfig(BaseModel):
+    """How to train. The defaults are the thesis protocol (section 3.5): AdamW, 100 epochs, batches of 2, lambda 0.9."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe: str = "thesis"
+    """Name that results are filed under."""
+    init: Literal["start", "scratch"] = "start"
+    """Begin from the start model's weights, or from N(0, 0.1)."""
+    layers: Literal["all", "hidden", "last"] = "all"
+    """Which layers train; ``hidden`` is the thesis' "frozen input and output"."""
+    epochs: int = Field(100, ge=1)
+    batch_size: int = Field(2, ge=1)
+    lambda_: float = Field(0.9, ge=0.0, le=1.0)
+    """Weight of the forces in the loss."""
+    loss: LossKind = "mse"
+    huber_delta: float = Field(1.0, gt=0.0)
+    """Where the Huber loss becomes linear, eV/A and eV/atom."""
+    lr: float = Field(1e-4, gt=0.0)
+    weight_decay: float = Field(0.1, ge=0.0)
+    schedule: Literal["plateau", "cosine", "constant"] = "plateau"
+    """``plateau`` halves the rate when the validation loss has not improved for `plateau_patience` epochs."""
+    plateau_patience: int = Field(5, ge=0)
+    warmup_epochs: float = Field(0.0, ge=0.0)
+    """Linear rise of the rate at the beginning."""
+    early_stopping: int | None = Field(None, ge=1)
+    """Stop after so many epochs without a better validation score; None trains to the end."""
+    ema_decay: float | None = Field(None, gt=0.0, lt=1.0)
+    """Decay per step of an exponential average of the weights; validation then looks at the average."""
+    clip_norm: float | None = Field(None, gt=0.0)
+    """Largest norm of the gradient, in units of the loss per weight."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights the result holds. ``best`` has the lowest ``sqrt(force RMSE * energy RMSE)`` of the validation part:
+    the forces alone are a trap, since a dozen frames contain outliers."""
+    seed: int = Field(0, ge=0)
+    """Order of the batches, and the weights with ``init="scratch"``."""
+    precision: Literal["float32", "float64"] = "float32"
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "thesis": {},
+    "short": {"epochs": 60, "lambda_": 0.1, "lr": 3e-4, "weight_decay": 0.01, "schedule": "cosine"},
+    "scratch": {"init": "scratch"},
+    "frozen": {"layers": "hidden"},
+}
+"""Named settings, as differences from the thesis protocol."""
+
+
+def recipe(name: str, **changes: Any) -> FinetuneConfig:
+    """Return the settings of a named recipe, with changes.
+
+    Raises
+    ------
+    ConfigError
+        If the recipe or a setting is unknown, or a value is of the wrong type or out of range.
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"there is no recipe {name!r}: choose one of {', '.join(RECIPES)}")
+    try:
+        return FinetuneConfig(**({"recipe": name} | RECIPES[name] | changes))
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc']))} = {problem['input']!r}: {problem['msg']}"
+            for problem in error.errors()
+        )
+        raise ConfigError(f"recipe {name}: {problems}") from error
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """A fine-tuned model and how it came about."""
+
+    potential: Potential
+    """Final weights with the reference energies fitted on the training part."""
+    history: pd.DataFrame
+    """A row per epoch: epoch, lr, train_loss and validation_loss (eV^2), energy RMSE per atom (eV/atom) and vector force
+    RMSE (eV/A) of training (running, while weights change) and validation, validation_score, seconds."""
+    best_epoch: int
+    """Epoch with the lowest validation score."""
+    config: FinetuneConfig
+    run_id: str
+    """Hash of start model, data, split and settings."""
+    run_dir: Path | None
+    resumed_from: int
+    """Epoch from which a killed run went on; 0 for a fresh one."""
+
+
+@dataclass
+class _State:
+    """Everything that changes while training; a checkpoint holds exactly this."""
+
+    epoch: int
+    step: int
+    tensors: dict[str, Tensor]
+    """flat weights, AdamW's moments, averaged and best weights; all shaped like the flat weights."""
+    inactive: dict[str, float]
+    """Decay of the first-layer weights of inactive columns, for the current, averaged and best weights."""
+    plateau: dict[str, float]
+    best_score: float
+    best_epoch: int
+    history: list[dict[str, float]]
+
+
+def finetune(
+    model: Potential,
+    dataset: Dataset,
+    split: Split,
+    config: FinetuneConfig | None = None,
+    run_dir: Path | str | None = None,
+    *,
+    progress: bool | None = None,
+    tensorboard: bool = False,
+    checkpoint_seconds: float = 10.0,
+) -> FinetuneResult:
+    """Fine-tune a start model on the training part of a data set.
+
+    Parameters
+    ----------
+    model
+        Start model; every element of the data must have a network (see :func:`tlmc.potentials.relabel`).
+    dataset, split
+        Labelled frames and their parts. The test part is not looked at.
+    config
+        Settings; the thesis protocol by default. See :func:`recipe`.
+    run_dir
+        Folder for settings, learning curve (``history.csv``), checkpoints (``state.safetensors``) and models
+        (``last.safetensors``, ``best.safetensors``, and ``model.safetensors``, the one to keep). If it holds an
+        unfinished run with the same settings, that run goes on and ends with the weights it would have had anyway.
+        None keeps everything in memory.
+    progress
+        Show a bar; by default when somebody watches. Without it one line per epoch goes to the log.
+    tensorboard
+        Also write TensorBoard events to ``run_dir/tensorboard``.
+    checkpoint_seconds
+        How much work a kill may cost.
+
+    Raises
+    ------
+    ModelError
+        If the model lacks an element, or the loss becomes infinite or NaN.
+    DataError
+        If the split does not belong to the data set.
+    ConfigError
+        If `run_dir` holds a run with other settings or data, or TensorBoard is asked for but missing.
+    """
+    config = config or FinetuneConfig()
+    _check_split(dataset, split)
+    if tensorboard and run_dir is None:
+        raise ConfigError("tensorboard needs a run_dir to write to")
+    description = _describe(model, dataset, split, config)
+    run_id = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:12]
+    folder = None if run_dir is None else Path(run_dir)
+    if folder is not None:
+        _claim(folder, description, split)
+        if (folder / "model.safetensors").exists():
+            return _finished(folder, config, run_id)
+
+    begin = scratch(model, config.seed) if config.init == "scratch" else model
+    dtype = cast(torch.dtype, getattr(torch, config.precision))
+    with _bar(progress, len(dataset), "descriptors") as bar:
+        cache = build_cache(begin, dataset.frames, dtype, report=bar.update)
+    n_layers = len(next(iter(begin.networks.values())))
+    trainer = _Trainer(begin, dataset, split, config, cache, trainable_layers(config.layers, n_layers))
+    state, resumed_from = trainer.start(), 0
+    if folder is not None and (folder / "state.safetensors").exists():
+        state = _load_state(folder / "state.safetensors", run_id)
+        resumed_from = state.epoch
+        _LOG.info("resuming %s at epoch %d of %d", folder, state.epoch, config.epochs)
+    trainer.restore(state)
+
+    saved = time.monotonic()
+    with _bar(progress, config.epochs, config.recipe) as bar, _events(folder if tensorboard else None) as write_event:
+        bar.update(state.epoch)
+        while state.epoch < config.epochs and not _is_stopped(state, config):
+            row = trainer.epoch(state)
+            bar.update(1)
+            bar.set_postfix(
+                F=f"{row['validation_force_rmse_vector']:.3f}",
+                E_meV=f"{1e3 * row['validation_energy_rmse_per_atom']:.2f}",
+            )
+            if bar.disable:
+                _LOG.info(
+                    "%s epoch %d/%d: lr %.1e, loss %.2e train, %.2e validation; validation F %.4f eV/A, E %.2f meV/atom",
+                    config.recipe, state.epoch, config.epochs, row["lr"], row["train_loss"], row["validation_loss"],
+                    row["validation_force_rmse_vector"], 1e3 * row["validation_energy_rmse_per_atom"],
+                )  # fmt: skip
+            write_event(row)
+            if folder is not None and time.monotonic() - saved > checkpoint_seconds:
+                _save_state(folder, state, run_id)
+                saved = time.monotonic()
+
+    history = pd.DataFrame(state.history)
+    last, best = trainer.potential(state, "ema" if config.ema_decay else "flat"), trainer.potential(state, "best")
+    kept = last if config.keep == "last" else best
+    if folder is not None:
+        _save_state(folder, state, run_id)
+        for name, potential in (("last", last), ("best", best), ("model", kept)):
+            row = state.history[state.best_epoch - 1 if potential is best else -1]
+            save_model(potential, folder / f"{name}.safetensors", description | {"run_id": run_id, "metrics": row})
+    return FinetuneResult(kept, history, state.best_epoch, config, run_id, folder, resumed_from)
+
+
+class _Trainer:
+    """The engine, the labels in its order and the optimiser of one run."""
+
+    def __init__(
+        self,
+        model: Potential,
+        dataset: Dataset,
+        split: Split,
+        config: FinetuneConfig,
+        cache: DescriptorCache,
+        trainable: Sequence[bool],
+    ) -> None:
+        self.config, self.split = config, split
+        self.cache = cache
+        self.engine = Engine(model, cache, trainable)
+        self.forces = [
+            torch.from_numpy(forces)[structure.order].to(self.engine.flat.dtype)
+            for forces, structure in zip(dataset.forces, cache.structures, strict=True)
+        ]
+        train_frames = [dataset.frames[i] for i in split.train]
+        predicted = self._network_energies(split.train) + model.with_reference(None).atomic_reference(train_frames)
+        reference = fit_reference(train_frames, dataset.energies[split.train], predicted.numpy())
+        self.engine.model = model.with_reference(reference)
+        self.energies = torch.from_numpy(dataset.energies) - self.engine.model.atomic_reference(dataset.frames)
+        self.loss = partial(batch_loss, lambda_=config.lambda_, kind=config.loss, delta=config.huber_delta)
+        self.optimizer = torch.optim.AdamW(
+            [self.engine.flat], lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
+        self.engine.flat.grad = self.engine.gradient
+        self.steps_per_epoch = math.ceil(len(split.train) / config.batch_size)
+        self.trains_first = trainable[0]
+
+    def start(self) -> _State:
+        """Return the state before the first step."""
+        flat = self.engine.flat
+        tensors = {
+            "flat": flat,
+            "exp_avg": torch.zeros_like(flat),
+            "exp_avg_sq": torch.zeros_like(flat),
+            "best": flat.clone(),
+        }
+        if self.config.ema_decay is not None:
+            tensors["ema"] = flat.clone()
+        inactive = dict.fromkeys(("flat", "ema", "best"), 1.0)
+        return _State(
+            0, 0, tensors, inactive, {"factor": 1.0, "best": sys.float_info.max, "bad": 0}, sys.float_info.max, 0, []
+        )
+
+    def restore(self, state: _State) -> None:
+        """Continue from a state: its tensors become the optimiser's and the engine's own."""
+        self.engine.flat.copy_(state.tensors["flat"])
+        state.tensors["flat"] = self.engine.flat
+        self.optimizer.state[self.engine.flat] = {
+            "step": torch.tensor(float(state.step)),
+            "exp_avg": state.tensors["exp_avg"],
+            "exp_avg_sq": state.tensors["exp_avg_sq"],
+        }
+
+    def epoch(self, state: _State) -> dict[str, float]:
+        """Train one epoch, validate, and bring the state up to date; return the new row of the learning curve."""
+        began, config = time.perf_counter(), self.config
+        # seeded by the epoch, so that a resumed run meets the same batches without stored generator states
+        order = np.random.default_rng([config.seed, state.epoch]).permutation(self.split.train)
+        train = _Errors()
+        for first in range(0, len(order), config.batch_size):
+            rate = self._rate(state)
+            self.optimizer.param_groups[0]["lr"] = rate
+            batch, energies, forces = self._batch(order[first : first + config.batch_size])
+            result = self.engine.loss_gradient(batch, energies, forces, train.watch(self.loss))
+            if not math.isfinite(result.loss.item()):
+                raise ModelError(
+                    f"the loss became {result.loss.item()} in epoch {state.epoch + 1}, step {state.step + 1}: "
+                    f"lower lr ({config.lr}) or set clip_norm"
+                )
+            if config.clip_norm is not None:
+                norm = torch.linalg.vector_norm(self.engine.gradient)
+                self.engine.gradient.mul_((config.clip_norm / norm).clamp(max=1.0))
+            self.optimizer.step()
+            state.step += 1
+            if self.trains_first:
+                state.inactive["flat"] *= 1.0 - rate * config.weight_decay
+            if config.ema_decay is not None:
+                state.tensors["ema"].lerp_(self.engine.flat, 1.0 - config.ema_decay)
+                state.inactive["ema"] += (1.0 - config.ema_decay) * (state.inactive["flat"] - state.inactive["ema"])
+        validation = self._validate(state)
+        row = {"epoch": float(state.epoch + 1), "lr": rate} | train.summary("train") | validation.summary("validation")
+        score = math.sqrt(row["validation_force_rmse_vector"] * row["validation_energy_rmse_per_atom"])
+        row |= {"validation_score": score, "seconds": time.perf_counter() - began}
+        if score < state.best_score:
+            source = "flat" if config.ema_decay is None else "ema"
+            state.best_score, state.best_epoch = score, state.epoch + 1
+            state.tensors["best"].copy_(state.tensors[source])
+            state.inactive["best"] = state.inactive[source]
+        if config.schedule == "plateau":
+            self._plateau(state, row["validation_loss"])
+        state.epoch += 1
+        state.history.append(row)
+        return row
+
+    def potential(self, state: _State, which: str) -> Potential:
+        """Return the model with the current, averaged or best weights."""
+        return self.engine.potential(state.tensors[which], state.inactive[which])
+
+    def _rate(self, state: _State) -> float:
+        """Return the learning rate of the next step."""
+        config, total = self.config, self.config.epochs * self.steps_per_epoch
+        warmup = config.warmup_epochs * self.steps_per_epoch
+        rate = config.lr * min(1.0, (state.step + 1) / warmup) if warmup else config.lr
+        if config.schedule == "cosine":
+            return rate * 0.5 * (1.0 + math.cos(math.pi * state.step / total))
+        return rate * state.plateau["factor"]
+
+    def _plateau(self, state: _State, loss: float) -> None:
+        """Halve the rate after `plateau_patience` epochs in which the loss fell by less than 0.01 %."""
+        plateau = state.plateau
+        if loss < plateau["best"] * (1.0 - 1e-4):
+            plateau |= {"best": loss, "bad": 0}
+            return
+        plateau["bad"] += 1
+        if plateau["bad"] > self.config.plateau_patience:
+            plateau |= {"factor": 0.5 * plateau["factor"], "bad": 0}
+
+    def _validate(self, state: _State) -> _Errors:
+        """Return the errors of the validation part, with averaged weights if there are any."""
+        if "ema" not in state.tensors:
+            return self._errors(self.split.validation)
+        trained = self.engine.flat.clone()
+        self.engine.flat.copy_(state.tensors["ema"])
+        errors = self._errors(self.split.validation)
+        self.engine.flat.copy_(trained)
+        return errors
+
+    def _errors(self, indices: NDArray[np.int64]) -> _Errors:
+        errors = _Errors()
+        for part in _chunks(indices, 8):
+            batch, energies, forces = self._batch(part)
+            predicted = self.engine.energies_forces(batch)
+            n_atoms = torch.bincount(batch.structure).to(forces.dtype)
+            error = (predicted.energies - energies).to(forces.dtype)
+            errors.watch(self.loss)(error, predicted.forces - forces, n_atoms, batch.structure)
+        return errors
+
+    def _network_energies(self, indices: NDArray[np.int64]) -> Tensor:
+        batches = (merge([self.cache[i] for i in part]) for part in _chunks(indices, 8))
+        return torch.cat([self.engine.energies_forces(batch).energies for batch in batches])
+
+    def _batch(self, indices: NDArray[np.int64]) -> tuple[Batch, Tensor, Tensor]:
+        """Return merged structures and their labels."""
+        batch = merge([self.cache[i] for i in indices])
+        return batch, self.energies[torch.from_numpy(indices)], torch.cat([self.forces[i] for i in indices])
+
+
+class _Errors:
+    """Sums over batches from which the loss and the RMSEs of an epoch follow."""
+
+    def __init__(self) -> None:
+        self.structures = 0
+        self.atoms = 0.0
+        self.loss = 0.0
+        self.squared_energy = 0.0
+        self.squared_force = 0.0
+
+    def watch(self, loss: partial[LossAndSlopes]) -> partial[LossAndSlopes]:
+        """Return the loss function, made to add the errors it is called with."""
+        return partial(self._call, loss)
+
+    def _call(
+        self,
+        loss: partial[LossAndSlopes],
+        energy_error: Tensor,
+        force_error: Tensor,
+        n_atoms: Tensor,
+        structure: Tensor,
+    ) -> LossAndSlopes:
+        result = loss(energy_error, force_error, n_atoms, structure)
+        self.structures += len(n_atoms)
+        self.atoms += n_atoms.sum().item()
+        self.loss += result.loss.item() * len(n_atoms)
+        self.squared_energy += (energy_error / n_atoms).square().sum().item()
+        self.squared_force += force_error.square().sum().item()
+        return result
+
+    def summary(self, part: str) -> dict[str, float]:
+        """Return mean loss and RMSEs under the names of the learning curve."""
+        return {
+            f"{part}_loss": self.loss / self.structures,
+            f"{part}_energy_rmse_per_atom": math.sqrt(self.squared_energy / self.structures),
+            f"{part}_force_rmse_vector": math.sqrt(self.squared_force / self.atoms),
+        }
+
+
+def _chunks(indices: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
+    return (indices[first : first + size] for first in range(0, len(indices), size))
+
+
+def _is_stopped(state: _State, config: FinetuneConfig) -> bool:
+    return config.early_stopping is not None and state.epoch - state.best_epoch >= config.early_stopping
+
+
+def _check_split(dataset: Dataset, split: Split) -> None:
+    for name in ("train", "validation"):
+        indices = getattr(split, name)
+        if len(indices) == 0:
+            raise DataError(f"the {name} part of the split of {dataset.name} is empty")
+        if indices.max() >= len(dataset):
+            raise DataError(
+                f"the {name} part of the split names frame {indices.max()}, but {dataset.name} holds {len(dataset)}"
+            )
+
+
+def _describe(model: Potential, dataset: Dataset, split: Split, config: FinetuneConfig) -> dict[str, Any]:
+    """Return everything that decides the result, as JSON."""
+    digest = hashlib.sha256(json.dumps(split.to_json(), sort_keys=True).encode())
+    return {
+        "start_model": {
+            "name": model.name,
+            "fingerprint": model.fingerprint,
+            "element_map": model.element_map,
+            "weights": _weights_hash(model),
+        },
+        "data": {"name": dataset.name, "hash": dataset.hash, "frames": len(dataset)},
+        "split": {"hash": digest.hexdigest(), "train": len(split.train), "validation": len(split.validation)},
+        "config": config.model_dump(),
+    }
+
+
+def _weights_hash(model: Potential) -> str:
+    digest = hashlib.sha256()
+    for symbol in model.symbols:
+        for layer in model.networks[symbol]:
+            for part in layer:
+                digest.update(part.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _claim(folder: Path, description: dict[str, Any], split: Split) -> None:
+    """Write the description of a run into its folder, or check that the one there is the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.json"
+    if not path.exists():
+        write_json(folder / "split.json", split.to_json())
+        write_json(path, description)
+        return
+    try:
+        there = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not readable ({error}): choose another run_dir or delete this one") from error
+    ours, theirs = _flatten(description), _flatten(there)
+    different = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
+    if different:
+        listed = ", ".join(f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} now)" for key in different[:4])
+        raise ConfigError(f"{folder} holds another run: {listed}; choose another run_dir or delete this one")
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _finished(folder: Path, config: FinetuneConfig, run_id: str) -> FinetuneResult:
+    """Return the result of a run that had ended."""
+    _LOG.info("%s holds this run, finished", folder)
+    potential, _ = load_model(folder / "model.safetensors")
+    history = pd.read_csv(folder / "history.csv", float_precision="round_trip")
+    best = int(history["validation_score"].to_numpy().argmin()) + 1
+    return FinetuneResult(potential, history, best, config, run_id, folder, len(history))
+
+
+def _save_state(folder: Path, state: _State, run_id: str) -> None:
+    """Write the checkpoint, then the learning curve."""
+    scalars = {key: value for key, value in vars(state).items() if key != "tensors"}
+    save_tensors(folder / "state.safetensors", state.tensors, {"run_id": run_id, "state": scalars})
+    with atomic_path(folder / "history.csv") as temporary:
+        pd.DataFrame(state.history).to_csv(temporary, index=False)
+
+
+def _load_state(path: Path, run_id: str) -> _State:
+    tensors, metadata = load_tensors(path)
+    if metadata.get("run_id") != run_id:
+        raise ConfigError(f"{path} belongs to run {metadata.get('run_id')}, not to {run_id}: delete it to start anew")
+    return _State(tensors=tensors, **metadata["state"])
+
+
+def _bar(progress: bool | None, total: int, name: str) -> tqdm[Any]:
+    """Return a progress bar, silent unless somebody watches."""
+    if progress is None:
+        progress = sys.stderr.isatty() or ("ipykernel" in sys.modules and "PAPERMILL_OUTPUT_PATH" not in os.environ)
+    return tqdm(total=total, desc=name, disable=not progress, leave=False)
+
+
+@contextmanager
+def _events(folder: Path | None) -> Iterator[Any]:
+    """Yield a function that writes a row of the learning curve as TensorBoard scalars."""
+    if folder is None:
+        yield lambda row: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError("tensorboard is not installed: pip install 'tlmc[tensorboard]'") from error
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(row: dict[str, float]) -> None:
+        for key, value in row.items():
+            if key != "epoch":
+                writer.add_scalar(key, value, int(row["epoch"]))
+
+    try:
+        yield write
+    finally:
+        writer.close()
