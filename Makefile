@@ -10,7 +10,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install study test test-python test-notebooks lint bench clean
+.PHONY: help install study test test-python test-notebooks lint bench notebooks strip clean
 
 PROFILE ?= laptop
 JOBS ?= 2
@@ -22,7 +22,7 @@ PY := .venv/bin/python
 STAMP := .venv/.installed
 PIP_VERSION := 26.3
 # one thread per test process: two processes with two threads each are slower than either alone
-TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
+TEST_ENV := OMP_NUM_THREADS=1
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,18 @@ lint: $(STAMP) ## ruff (lint and format, notebooks included) and mypy
 
 bench: $(STAMP) ## time a training step against the loop of the thesis
 	$(PY) tests/benchmarks/training_step.py
+
+notebooks: $(STAMP) ## run the notebooks (smoke profile) and store the outputs that `make test` compares with
+	reports=$$(mktemp -d) && trap 'rm -rf "$$reports"' EXIT && \
+	if [ -d reports/metrics ]; then cp -r reports/metrics "$$reports"; fi && \
+	TLMC_REPORTS_DIR="$$reports" $(PY) -m nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.kernel_name=python3 --ExecutePreprocessor.timeout=600 \
+		--ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False notebooks/[0-9]*.ipynb
+	$(MAKE) strip
+
+strip: $(STAMP) ## drop run metadata and widget state from the notebooks; outputs and execution counts stay
+	$(PY) -m nbstripout --keep-output --keep-count --extra-keys "metadata.papermill metadata.widgets \
+		metadata.language_info cell.metadata.papermill cell.metadata.execution" notebooks/[0-9]*.ipynb
 
 clean: ## remove caches and runs; .venv, the committed reports and the user's download cache stay
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist reports/executed reports/runs

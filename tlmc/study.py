@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import nbformat
 import yaml
@@ -371,12 +371,12 @@ def _shared_inputs(profile: Profile) -> dict[str, str]:
     Returns the code's, the model's and the data sets' fingerprints.
     """
     from tlmc.datasets import load_dataset
-    from tlmc.potentials.pretrained import load_start_model
+    from tlmc.potentials.pretrained import StartModelName, load_start_model
 
     inputs = {"code": code_hash(), "versions": json.dumps(package_versions())}
     if profile.start_model:
         log.info("start model %s", profile.start_model)
-        inputs[f"start_model {profile.start_model}"] = load_start_model(profile.start_model).fingerprint
+        inputs[f"start_model {profile.start_model}"] = load_start_model(cast(StartModelName, profile.start_model)).fingerprint
     for name in sorted({str(step.parameters["dataset"]) for step in profile.steps if "dataset" in step.parameters}):
         inputs[f"dataset {name}"] = load_dataset(name).hash
     return inputs
@@ -437,6 +437,7 @@ def _run_step(step: Step, digest: str, reports: Path, executed: Path) -> None:
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
 
     executed.mkdir(parents=True, exist_ok=True)
     target, metrics = executed / step.notebook.name, _metrics_file(reports, step.name)
@@ -455,6 +456,8 @@ def _run_step(step: Step, digest: str, reports: Path, executed: Path) -> None:
             execution_timeout=EXECUTION_TIMEOUT,
             progress_bar=sys.stderr.isatty(),
             log_output=True,
+            # others on this machine must not read the connection to the kernel
+            config=Config({"KernelManager": {"transport_encryption": "auto"}}),
         )
     except PapermillExecutionError as error:
         first_line = error.source.strip().partition("\n")[0]
