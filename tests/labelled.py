@@ -2,32 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import numpy as np
 from ase import Atoms
 
-
-class Predictions(NamedTuple):
-    energies: np.ndarray
-    forces: tuple[np.ndarray, ...]
-
-
-@dataclass(frozen=True)
-class Dataset:
-    frames: tuple[Atoms, ...]
-    energies: np.ndarray
-    forces: tuple[np.ndarray, ...]
-    name: str
-    frame_numbers: np.ndarray
-
-    def __len__(self):
-        return len(self.frames)
-
-    @property
-    def n_atoms(self):
-        return np.array([len(frame) for frame in self.frames])
+from tlmc.datasets import Dataset
+from tlmc.potentials.calculator import Predictions
 
 
 def dataset(formulas, energies, forces, frame_numbers=None):
@@ -42,7 +21,11 @@ def dataset(formulas, energies, forces, frame_numbers=None):
         frames=tuple(frames),
         energies=np.asarray(energies, dtype=np.float64),
         forces=tuple(np.asarray(force, dtype=np.float64).reshape(-1, 3) for force in forces),
+        stresses=(None,) * len(frames),
         name="toy",
+        source="memory",
+        units="eV, eV/Angstrom",
+        level_of_theory="",
         frame_numbers=np.arange(len(frames)) if frame_numbers is None else np.asarray(frame_numbers),
     )
 

@@ -1,0 +1,393 @@
+from __future__ import annotations
+
+import logging
+import re
+
+import labelled
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+
+from tlmc import plots
+from tlmc.errors import ConfigError, DataError
+from tlmc.evaluation.metrics import evaluate, per_frame
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def pair():
+    return labelled.random_set(n_frames=20)
+
+
+def texts(ax):
+    return " | ".join(text.get_text() for text in ax.texts)
+
+
+def legend(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def history(n=30):
+    epochs = np.arange(1, n + 1)
+    return pd.DataFrame(
+        {"epoch": epochs, "lr": 1e-4 / epochs}
+        | {
+            f"{part}_{quantity}": scale / epochs
+            for part in ("train", "validation")
+            for quantity, scale in (("loss", 1.0), ("force_rmse_vector", 0.5), ("energy_rmse_per_atom", 0.02))
+        }
+    )
+
+
+CALLS = {
+    "parity_force": lambda labels, predicted, ax: plots.parity(
+        np.concatenate(labels.forces), np.concatenate(predicted.forces), ax
+    ),
+    "parity_energy": lambda labels, predicted, ax: plots.parity(
+        labels.energies / labels.n_atoms, predicted.energies / labels.n_atoms, ax, quantity="energy"
+    ),
+    "residual_histogram": lambda labels, predicted, ax: plots.residual_histogram(
+        np.concatenate(predicted.forces) - np.concatenate(labels.forces), ax
+    ),
+    "learning_curve": lambda labels, predicted, ax: plots.learning_curve(history(), ax),
+    "energy_histogram": lambda labels, predicted, ax: plots.energy_histogram(labels, ax),
+    "force_histogram": lambda labels, predicted, ax: plots.force_histogram(labels, ax),
+    "density_landscape": lambda labels, predicted, ax: plots.density_landscape(labels, ax),
+    "outliers": lambda labels, predicted, ax: plots.outliers(labels, ax),
+    "error_by_element": lambda labels, predicted, ax: plots.error_by_element(
+        {"before": evaluate(labels, predicted)}, ax
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+class TestEveryFunction:
+    def test_opens_a_figure_or_draws_into_the_given_axes(self, pair, name):
+        opened = CALLS[name](*pair, None)
+        assert isinstance(opened, Axes)
+        assert opened.figure.get_figwidth() == pytest.approx(plots.COLUMN)
+        given = plt.figure().subplots()
+        assert CALLS[name](*pair, given) is given
+
+    def test_axes_are_named_and_it_draws(self, pair, name):
+        ax = CALLS[name](*pair, None)
+        ax.figure.canvas.draw()
+        assert ax.get_ylabel()
+        assert ax.get_xlabel() or name == "error_by_element"
+        physical = [
+            label
+            for label in (ax.get_xlabel(), ax.get_ylabel())
+            if re.search(r"force RMSE|force err|\|F\||E/N|density|RMS", label)
+        ]
+        assert all(re.search(r"\((eV/Å|m?eV/atom|g/cm³)\)", label) for label in physical)
+
+    def test_leaves_the_settings_alone(self, pair, name):
+        before = dict(mpl.rcParams)
+        ax = CALLS[name](*pair, None)
+        assert dict(mpl.rcParams) == before
+        # and the style holds when the figure is drawn later, outside it
+        ax.figure.canvas.draw()
+        assert {tick.label1.get_fontsize() for tick in ax.yaxis.get_major_ticks()} == {7.0}
+
+
+class TestParity:
+    def test_rmse_is_that_of_vectors(self):
+        labels = np.array([[1.0, 0, 0], [0, 2.0, 0]])
+        # same lengths, turned by 90 degrees: |F| agrees, the vectors do not
+        ax = plots.parity(labels, np.roll(labels, 1, axis=1))
+        assert f"RMSE {np.sqrt((2 + 8) / 2):.3f} eV/Å (vector)" in texts(ax)
+        np.testing.assert_allclose(sorted(ax.collections[0].get_offsets().tolist()), [[1, 1], [2, 2]])
+
+    def test_energy_rmse_in_mev(self):
+        ax = plots.parity([-5.0, -5.1], [-5.003, -5.103], quantity="energy", note="as it is")
+        assert texts(ax) == "RMSE 3.00 meV/atom\nas it is"
+
+    def test_component_rmse(self):
+        ax = plots.parity(np.zeros((2, 3)), np.full((2, 3), 0.5), quantity="force_component")
+        assert "RMSE 0.500 eV/Å (component)" in texts(ax)
+
+    def test_diagonal_spans_equal_axes(self, pair):
+        ax = CALLS["parity_energy"](*pair, None)
+        assert ax.get_xlim() == ax.get_ylim()
+        line = ax.lines[0]
+        np.testing.assert_array_equal(line.get_xdata(), line.get_ydata())
+        np.testing.assert_array_equal(line.get_xdata(), ax.get_xlim())
+
+    def test_all_points_lie_inside(self, pair):
+        ax = CALLS["parity_force"](*pair, None)
+        points = ax.collections[0].get_offsets()
+        assert len(points) == pair[0].n_atoms.sum()
+        assert points.min() >= ax.get_xlim()[0]
+        assert points.max() <= ax.get_xlim()[1]
+
+    def test_colour_counts_neighbours(self):
+        x = np.array([0.0, 0.001, 0.002, 1.0])
+        ax = plots.parity(x, x, quantity="energy")
+        assert sorted(ax.collections[0].get_array().tolist()) == [1, 3, 3, 3]
+
+    def test_many_points_become_hexagons_that_hold_all_of_them(self):
+        rng = np.random.default_rng(0)
+        labels = rng.normal(size=(5000, 3))
+        ax = plots.parity(labels, labels + 0.1 * rng.normal(size=(5000, 3)))
+        counts = ax.collections[0].get_array()
+        assert counts.sum() == 5000
+        assert len(counts) < 5000
+        assert ax.collections[0].norm.vmin == 1
+
+    def test_text_goes_where_points_are_not(self):
+        labels = np.linspace(0, 1, 50)
+        low = plots.parity(labels, labels - 3, quantity="energy")
+        high = plots.parity(labels, labels + 3, quantity="energy")
+        assert low.texts[0].get_verticalalignment() == "top"
+        assert high.texts[0].get_verticalalignment() == "bottom"
+
+    @pytest.mark.parametrize("n", [1, 2, 4000])
+    def test_points_that_coincide(self, n):
+        ax = plots.parity(np.full(n, -5.0), np.full(n, -5.0), quantity="energy")
+        ax.figure.canvas.draw()
+        assert "RMSE 0.00 meV/atom" in texts(ax)
+
+    @pytest.mark.parametrize(
+        ("labels", "predictions", "quantity"),
+        [
+            (np.zeros((2, 3)), np.zeros((3, 3)), "force"),
+            (np.zeros(6), np.zeros(6), "force"),
+            (np.zeros(0), np.zeros(0), "energy"),
+            (np.zeros((0, 3)), np.zeros((0, 3)), "force"),
+            (np.zeros(2), np.zeros(3), "energy"),
+        ],
+    )
+    def test_shapes(self, labels, predictions, quantity):
+        with pytest.raises(DataError, match=f"parity of {quantity} needs labels and predictions of"):
+            plots.parity(labels, predictions, quantity=quantity)
+
+
+class TestParityGrid:
+    def test_panels(self, pair):
+        labels, after = pair
+        before = after._replace(energies=after.energies - 1000 * labels.n_atoms)
+        figure = plots.parity_grid(labels, before, after)
+        panels = figure.axes[:4]
+        metrics = evaluate(labels, after)
+        assert [ax.get_title() for ax in panels[:2]] == ["before fine-tuning", "after fine-tuning"]
+        assert f"RMSE {metrics['force_rmse_vector'].value:.3f} eV/Å" in texts(panels[1])
+        assert "eV/atom removed" in texts(panels[2])
+        assert "offset −1000 eV/atom" in texts(panels[2])
+        assert f"RMSE {1000 * metrics['energy_rmse_per_atom_centred'].value:.1f} meV/atom" in texts(panels[2])
+        assert "offset" not in texts(panels[3])
+        assert panels[0].get_xlim() == panels[1].get_xlim() == panels[1].get_ylim()
+        assert panels[2].get_xlim() == panels[3].get_ylim()
+        assert panels[0].collections[0].get_clim() == panels[1].collections[0].get_clim()
+        figure.canvas.draw()
+
+    def test_offset_may_stay(self, pair):
+        labels, after = pair
+        before = after._replace(energies=after.energies + 0.3 * labels.n_atoms)
+        panels = plots.parity_grid(labels, before, after, remove_offset=False, titles=("ANI-2x", "short")).axes
+        assert "removed" not in texts(panels[2])
+        expected = 1000 * evaluate(labels, before)["energy_rmse_per_atom"].value
+        assert f"RMSE {expected:.0f} meV/atom" in texts(panels[2])
+        assert panels[0].get_title() == "ANI-2x"
+
+
+class TestResiduals:
+    def test_counts_and_legend(self):
+        rng = np.random.default_rng(0)
+        sets = {"before": rng.normal(size=400), "after": 0.1 * rng.normal(size=400)}
+        ax = plots.residual_histogram(sets, bins=11)
+        assert ax.get_yscale() == "log"
+        assert legend(ax) == [f"{name}: RMSE {np.sqrt((part**2).mean()):.3g} eV/Å" for name, part in sets.items()]
+        span = max(np.abs(part).max() for part in sets.values())
+        outline = ax.patches[0].get_xy()
+        assert outline[:, 0].min() == pytest.approx(-span)
+        assert outline[:, 1].max() == np.histogram(sets["before"], 11, (-span, span))[0].max()
+
+    def test_energies_in_mev(self):
+        ax = plots.residual_histogram([0.001, -0.001], quantity="energy")
+        assert legend(ax) == ["RMSE 1.00 meV/atom"]
+        assert ax.get_ylabel() == "frames"
+
+    def test_no_error_at_all(self):
+        plots.residual_histogram(np.zeros(5)).figure.canvas.draw()
+
+    @pytest.mark.parametrize("values", [[], [0.1, np.nan]])
+    def test_bad_values(self, values):
+        with pytest.raises(DataError, match="residuals 'after' must be finite numbers"):
+            plots.residual_histogram({"after": values})
+
+
+class TestLearningCurves:
+    def test_values_and_units(self):
+        table = history()
+        ax = plots.learning_curve(table, quantity="energy_rmse_per_atom", best_epoch=7)
+        np.testing.assert_allclose(ax.lines[1].get_ydata(), 1000 * table["validation_energy_rmse_per_atom"])
+        assert legend(ax) == ["train", "validation", "best, epoch 7"]
+        assert ax.get_yscale() == "log"
+
+    def test_four_panels(self):
+        figure = plots.learning_curves(history(), best_epoch=3)
+        assert [ax.get_ylabel() for ax in figure.axes] == [
+            "loss",
+            "force RMSE, vector (eV/Å)",
+            "energy RMSE (meV/atom)",
+            "learning rate",
+        ]
+        assert [len(ax.lines) for ax in figure.axes] == [3, 3, 3, 1]
+        figure.canvas.draw()
+
+    @pytest.mark.parametrize("n", [1, 2, 6, 30, 5000])
+    def test_ticks_are_plain_numbers(self, n):
+        ax = plots.learning_curve(history(n))
+        ax.figure.canvas.draw()
+        lower, upper = ax.get_ylim()
+        drawn = [
+            tick.label1.get_text()
+            for tick in ax.yaxis.get_major_ticks()
+            if lower <= tick.get_loc() <= upper and tick.label1.get_text()
+        ]
+        assert 1 <= len(drawn) <= 10
+        for text in drawn:
+            assert lower * 0.999 <= float(text.replace("−", "-")) <= upper * 1.001
+
+    def test_a_rate_that_ends_at_zero_and_a_loss_that_diverged(self):
+        table = history(10)
+        table.loc[9, "lr"] = 0.0
+        table.loc[5:, ["train_loss", "validation_loss"]] = np.nan
+        plots.learning_curves(table).canvas.draw()
+        table[["train_loss", "validation_loss"]] = np.nan
+        plots.learning_curve(table).figure.canvas.draw()
+
+    def test_missing_columns(self):
+        with pytest.raises(
+            DataError, match="curve of loss needs columns epoch and train_loss or validation_loss, got 3"
+        ):
+            plots.learning_curve(history(3)[["epoch", "lr"]])
+        with pytest.raises(DataError, match="got 0 rows"):
+            plots.learning_curve(history().iloc[:0], quantity="lr")
+
+
+class TestDistributions:
+    def test_energy_groups_stack_to_all_frames(self, pair):
+        ax = plots.energy_histogram(pair[0], groups=[i % 3 for i in range(20)])
+        assert legend(ax) == ["0 (7)", "1 (7)", "2 (6)"]
+        tops = {}
+        for patch in ax.patches:
+            tops[round(patch.get_x(), 9)] = tops.get(round(patch.get_x(), 9), 0) + patch.get_height()
+        assert sum(tops.values()) == 20
+
+    def test_groups_in_the_order_of_numbers(self, pair):
+        groups = [[2, 10, 9][i % 3] for i in range(20)]
+        assert [name.split()[0] for name in legend(plots.energy_histogram(pair[0], groups=groups))] == ["2", "9", "10"]
+
+    def test_more_groups_than_colours(self, pair):
+        ax = plots.energy_histogram(pair[0], groups=range(20))
+        faces = [handle[0].get_facecolor() for handle in ax.containers]
+        assert len(set(faces)) == 20
+
+    def test_groups_of_wrong_length(self, pair):
+        with pytest.raises(DataError, match="toy: 20 frames, but groups for 3"):
+            plots.density_landscape(pair[0], groups=[1, 2, 3])
+
+    def test_force_elements(self, pair):
+        ax = plots.force_histogram(pair[0])
+        assert sorted(legend(ax)) == ["C", "H", "O"]
+        assert sum(patch.get_height() for patch in ax.patches) == pair[0].n_atoms.sum()
+        assert plots.force_histogram(pair[0], log=True).get_yscale() == "log"
+
+    def test_density(self):
+        labels = labelled.dataset(["H2O"], [-12.0], [np.zeros((3, 3))])
+        ax = plots.density_landscape(labels)
+        # 18.015 u in 4.5 x 6 x 6 A^3
+        np.testing.assert_allclose(ax.collections[0].get_offsets().tolist(), [[18.015 * 1.66054 / 162, 0]], rtol=1e-4)
+
+    def test_density_of_molecules(self):
+        labels = labelled.dataset(["H2O"], [-12.0], [np.zeros((3, 3))])
+        labels.frames[0].pbc = False
+        with pytest.raises(DataError, match="toy: none of 1 frames is a crystal"):
+            plots.density_landscape(labels)
+
+
+class TestOutliers:
+    def test_names_frames_beyond_the_bound(self):
+        forces = [np.full((3, 3), 0.1 + 0.001 * i) for i in range(40)]
+        forces[11] = np.full((3, 3), 9.0)
+        labels = labelled.dataset(["H2O"] * 40, [-12.0] * 40, forces, frame_numbers=np.arange(100, 140))
+        ax = plots.outliers(labels)
+        assert texts(ax) == "111"
+        rms = np.sqrt(3) * np.array([force[0, 0] for force in forces])
+        assert ax.lines[1].get_ydata()[0] == pytest.approx(rms.mean() + 5 * rms.std())
+        assert legend(ax) == ["mean", "mean + 5 sd"]
+        assert texts(plots.outliers(labels, n_sd=50.0)) == ""
+
+    def test_table(self, pair):
+        ax = plots.outliers(per_frame(*pair), column="force_max_error", n_sd=1)
+        assert ax.get_ylabel() == "largest force error (eV/Å)"
+        assert ax.texts
+
+    def test_missing_column(self, pair):
+        with pytest.raises(DataError, match="outliers need columns frame and force, got 20 rows of frame, n_atoms"):
+            plots.outliers(per_frame(*pair), column="force")
+
+
+class TestElements:
+    def test_bars(self, pair):
+        metrics = evaluate(*pair)
+        ax = plots.error_by_element({"before": metrics, "after": metrics})
+        assert [label.get_text() for label in ax.get_xticklabels()] == ["C", "H", "O"]
+        heights = [bar.get_height() for bar in ax.containers[0]]
+        assert heights == [metrics[f"force_rmse_vector_{element}"].value for element in "CHO"]
+        assert legend(ax) == ["before", "after"]
+
+    def test_no_elements(self):
+        with pytest.raises(DataError, match="no force_rmse_vector_<element> in the metrics of before"):
+            plots.error_by_element({"before": {}})
+
+
+class TestSave:
+    def test_files_are_under_the_reports_and_reproducible(self, pair, tmp_path, monkeypatch, caplog):
+        caplog.set_level(logging.WARNING)
+        written = []
+        for folder in ("one", "two"):
+            monkeypatch.setenv("TLMC_REPORTS_DIR", str(tmp_path / folder))
+            figure = plots.parity_grid(pair[0], pair[1], pair[1])
+            paths = plots.save_figure(figure, "parity", ["png", "pdf", "svg"])
+            assert paths == [tmp_path / folder / "figures" / f"parity.{ending}" for ending in ("png", "pdf", "svg")]
+            written.append([path.read_bytes() for path in paths])
+        assert written[0] == written[1]
+        assert written[0][0].startswith(b"\x89PNG")
+        assert written[0][1].startswith(b"%PDF")
+        assert not caplog.records
+
+    def test_resolution(self, pair, tmp_path, monkeypatch):
+        monkeypatch.setenv("TLMC_REPORTS_DIR", str(tmp_path))
+        path = plots.save_figure(plots.force_histogram(pair[0]).figure, "forces", ["png"])[0]
+        assert plt.imread(path).shape[1] == round(plots.COLUMN * 300)
+
+    @pytest.mark.parametrize("name", ["", "a/b", "../x", ".hidden"])
+    def test_name(self, name):
+        with pytest.raises(ConfigError, match="figure name"):
+            plots.save_figure(plt.figure(), name)
+
+    def test_format(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("TLMC_REPORTS_DIR", str(tmp_path))
+        with pytest.raises(ConfigError, match="unknown figure format docx: choose from .*png"):
+            plots.save_figure(plt.figure(), "x", ["png", "docx"])
+        assert not list(tmp_path.rglob("*.png"))
+
+
+def test_palette_is_apart_for_colour_blind_readers():
+    """Every two of the first four colours differ in lightness or in blue-yellow, which all dichromats see."""
+    colours = np.array([mpl.colors.to_rgb(colour) for colour in plots.PALETTE[:4]])
+    lightness = colours @ [0.2126, 0.7152, 0.0722]
+    blue_yellow = colours[:, 2] - colours[:, :2].mean(axis=1)
+    for i in range(4):
+        for j in range(i):
+            assert abs(lightness[i] - lightness[j]) + abs(blue_yellow[i] - blue_yellow[j]) > 0.15
