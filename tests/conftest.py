@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tlmc.potentials import Potential, load_start_model
+
 MIRRORS = ("TLMC_DATA_DIR", "TORCHANI_DATA_DIR")
 
 
@@ -26,6 +28,18 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("TLMC_REPORTS_DIR", str(tmp_path_factory.mktemp("reports")))
         patch.setenv("MPLBACKEND", "Agg")
         yield
+
+
+@pytest.fixture(scope="session")
+def ani2x() -> Potential:
+    """The start model of the thesis; tests that take it are marked ``needs_mirror``."""
+    return load_start_model("ani2x")
+
+
+@pytest.fixture(scope="session")
+def ani2xt() -> Potential:
+    """The start model that the package index distributes; fetched once per machine."""
+    return load_start_model("ani2xt")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-import torchani.paths  # noqa: F401 (the package itself; its submodules load on first use)
 from torch import Tensor
 
 from tlmc.files import atomic_path
@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 def to_torchani(model: Potential) -> ANI:
     """Build the torchani model that computes the same energies, in Hartree.
 
-    Self energies and the fitted reference, per element, are in its energy shifter. torchani has no notion of a borrowed
-    network, so a borrowed element becomes one of its own: it gets a copy of its donor's network, and in all networks its
-    descriptor channels carry the weights of the donor's. Since first layers are linear in the channels, energies and
-    forces stay the same; further training in torchani would let the copies part.
+    Self energies and the fitted reference, per element, are in its energy shifter. An element that a fitted reference
+    does not cover keeps its place with a self energy of NaN, so that its energies cannot be taken for aligned ones.
+
+    torchani has no notion of a borrowed network, so a borrowed element becomes one of its own: it gets a copy of its
+    donor's network, and in all networks its descriptor channels carry the weights of the donor's. Since first layers
+    are linear in the channels, energies and forces stay the same; training in torchani would let the copies part.
 
     Parameters
     ----------
@@ -35,8 +37,7 @@ def to_torchani(model: Potential) -> ANI:
     Returns
     -------
     torchani.arch.ANI
-        In the precision of `model`, on the CPU, without gradients. Elements follow `model.elements`, less those that a
-        fitted reference does not cover.
+        In the precision of `model`, on the CPU, without gradients; its elements are `model.elements`.
 
     Notes
     -----
@@ -51,7 +52,7 @@ def to_torchani(model: Potential) -> ANI:
         from torchani.nn import ANINetworks, AtomicNetwork, Ensemble
         from torchani.sae import SelfEnergy
 
-    symbols = tuple(e for e in model.elements if model.reference is None or e in model.reference.offsets)
+    symbols = model.elements
     donors = [model.symbols.index(model.element_map.get(symbol, symbol)) for symbol in symbols]
     columns = _borrowed_columns(model, donors)
     p = model.aev
@@ -75,9 +76,13 @@ def to_torchani(model: Potential) -> ANI:
     ]
     shifts = [model.self_energies[model.symbols[donor]] for donor in donors]
     if model.reference is not None:
-        shifts = [shift + model.reference.offsets[symbol] for symbol, shift in zip(symbols, shifts, strict=True)]
+        shifts = [
+            shift + model.reference.offsets.get(symbol, math.nan) for symbol, shift in zip(symbols, shifts, strict=True)
+        ]
+    shifts = [shift / model.scale for shift in shifts]
     shifter = SelfEnergy(symbols, shifts)
-    shifter.self_energies = torch.tensor(shifts, dtype=torch.float64).div(model.scale).to(model.dtype)
+    # the constructor rounds to float32
+    shifter.self_energies = torch.tensor(shifts, dtype=model.dtype)
     result = ANI(symbols, computer, members[0] if len(members) == 1 else Ensemble(members), shifter)
     return cast("ANI", result.to(model.dtype).requires_grad_(False))
 

@@ -51,9 +51,7 @@ def relabel(model: Potential, mapping: Mapping[str, str]) -> Potential:
         if donor not in model.symbols:
             raise ModelError(f"cannot map {new} onto {donor!r}: {model.name} has networks for {native} only")
         if model.element_map.get(new, donor) != donor:
-            raise ModelError(
-                f"cannot map {new} onto {donor}: it borrows the network of {model.element_map[new]} already"
-            )
+            raise ModelError(f"cannot map {new} onto {donor}: it borrows from {model.element_map[new]} already")
     return dataclasses.replace(model, element_map={**model.element_map, **mapping})
 
 

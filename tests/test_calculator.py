@@ -1,0 +1,336 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms, units
+from ase.build import make_supercell, molecule
+from ase.calculators.calculator import PropertyNotImplementedError
+from ase.io import read
+from ase.md.verlet import VelocityVerlet
+from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
+from potential_references import (
+    METHANE,
+    Auto3DAni2xt,
+    torchani_ani2x,
+    torchani_energy_and_forces,
+    toy_potential,
+    with_exact_celu,
+)
+
+from tlmc.errors import DataError, ModelError
+from tlmc.potentials import Predictions, TlmcCalculator, energy_spread, member_energies, predict
+from tlmc.reference import ReferenceEnergies
+
+TRICLINIC = [[3.9, 0.3, 0.0], [-0.4, 4.2, 0.5], [0.2, 0.1, 4.6]]
+
+
+def short_cell() -> Atoms:
+    """Two molecules in a triclinic cell with all heights below every cutoff's double, two below the cutoff itself."""
+    frame = Atoms(cell=TRICLINIC, pbc=True)
+    for name, place in (("H2CO", (0.1, 0.2, 0.15)), ("H2O", (0.6, 0.7, 0.7))):
+        part = molecule(name)
+        part.rotate(40.0, (1.0, 2.0, 3.0))
+        part.translate(place @ np.array(TRICLINIC) - part.get_center_of_mass())
+        frame += part
+    frame.rattle(0.05, seed=1)
+    return frame
+
+
+def ethanol() -> Atoms:
+    frame = molecule("CH3CH2OH")
+    frame.rattle(0.05, seed=2)
+    return frame
+
+
+def mirror(name: str, index: int) -> Atoms:
+    return read(Path(os.environ["TLMC_DATA_DIR"]) / "molcrys-mace" / f"{name}.traj", index=index)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return toy_potential()
+
+
+@pytest.fixture(scope="module")
+def published():
+    return with_exact_celu(torchani_ani2x().to(torch.float64))
+
+
+@pytest.fixture(scope="module")
+def double(ani2xt):
+    return ani2xt.to(torch.float64)
+
+
+@pytest.mark.needs_mirror
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: mirror("21_urea", -1),
+        lambda: mirror("06_benzene", -1),
+        lambda: mirror("21_urea", 0),
+        ethanol,
+        short_cell,
+        lambda: Atoms("H"),
+    ],
+    ids=["urea crystal", "benzene crystal", "urea molecule in a box", "ethanol", "short cell", "one atom"],
+)
+def test_equals_torchani(ani2x, published, make):
+    frame = make()
+    energy, forces = torchani_energy_and_forces(published, frame)
+    exact = predict(ani2x.to(torch.float64), [frame])
+    assert exact.energies[0] == pytest.approx(energy, abs=1e-8)
+    np.testing.assert_allclose(exact.forces[0], forces, rtol=0.0, atol=1e-8)
+    single = predict(ani2x, [frame])
+    assert single.energies[0] == pytest.approx(energy, abs=1e-6 * len(frame))
+    np.testing.assert_allclose(single.forces[0], forces, rtol=0.0, atol=5e-5)
+
+
+@pytest.mark.needs_mirror
+def test_spread_equals_torchani(ani2x, published):
+    frames = [METHANE, ethanol()]
+    for frame, spread in zip(frames, energy_spread(ani2x.to(torch.float64), frames), strict=True):
+        inputs = torch.tensor(frame.numbers)[None], torch.tensor(frame.positions)[None]
+        assert spread == pytest.approx(published.energies_qbcs(inputs).qbcs.item() * units.Hartree, rel=1e-8)
+
+
+def test_ani2xt_equals_auto3d(double):
+    reference = Auto3DAni2xt()
+    others = [molecule(name) for name in ("CH3Cl", "CH3SH", "HF", "CH3CN")]
+    for frame in (METHANE, ethanol(), short_cell(), *others):
+        energy, forces = torchani_energy_and_forces(reference, frame)
+        ours = predict(double, [frame])
+        assert ours.energies[0] == pytest.approx(energy, abs=1e-8)
+        np.testing.assert_allclose(ours.forces[0], forces, rtol=0.0, atol=1e-8)
+
+
+@pytest.mark.parametrize("make", [ethanol, short_cell], ids=["molecule", "short cell"])
+def test_forces_are_minus_the_slope_of_the_energy(double, make):
+    frame = make()
+    step = 1e-4
+    numerical = np.zeros((len(frame), 3))
+    for i in range(len(frame)):
+        for axis in range(3):
+            energies = []
+            for sign in (1, -1):
+                moved = frame.copy()
+                moved.positions[i, axis] += sign * step
+                energies.append(predict(double, [moved]).energies[0])
+            numerical[i, axis] = (energies[1] - energies[0]) / (2 * step)
+    forces = predict(double, [frame]).forces[0]
+    np.testing.assert_allclose(forces, numerical, rtol=0.0, atol=2e-6)
+    np.testing.assert_allclose(forces.sum(0), 0.0, atol=1e-10)
+
+
+def test_stress_is_the_slope_of_the_energy_by_strain(double):
+    frame = short_cell()
+    step = 1e-5
+    numerical = np.zeros((3, 3))
+    for a in range(3):
+        for b in range(3):
+            energies = []
+            for sign in (1, -1):
+                strain = np.eye(3)
+                # the symmetric strain of one component
+                strain[a, b] += sign * step / 2
+                strain[b, a] += sign * step / 2
+                strained = frame.copy()
+                strained.set_cell(frame.cell.array @ strain, scale_atoms=True)
+                energies.append(predict(double, [strained]).energies[0])
+            numerical[a, b] = (energies[0] - energies[1]) / (2 * step * frame.get_volume())
+    stress = predict(double, [frame]).stresses[0]
+    np.testing.assert_allclose(stress, full_3x3_to_voigt_6_stress(numerical), rtol=0.0, atol=1e-7)
+    assert np.abs(stress).min() > 1e-4  # a component that vanishes would test nothing
+
+
+def test_calculator_agrees_with_predict(toy):
+    frame = short_cell()
+    expected = predict(toy, [frame])
+    frame.calc = TlmcCalculator(toy)
+    assert frame.get_potential_energy() == expected.energies[0]
+    assert frame.get_potential_energy(force_consistent=True) == expected.energies[0]
+    assert frame.get_potential_energies().sum() == pytest.approx(expected.energies[0], abs=1e-9)
+    np.testing.assert_array_equal(frame.get_forces(), expected.forces[0])
+    np.testing.assert_array_equal(frame.get_stress(), expected.stresses[0])
+    frame.positions[0, 0] += 0.1
+    assert frame.get_potential_energy() == predict(toy, [frame]).energies[0] != expected.energies[0]
+
+
+@pytest.mark.parametrize("pbc", [False, (True, True, False)], ids=["molecule", "slab"])
+def test_no_stress_without_three_periods(toy, pbc):
+    frame = short_cell()
+    frame.pbc = pbc
+    assert predict(toy, [frame]).stresses == (None,)
+    frame.calc = TlmcCalculator(toy)
+    assert np.isfinite(frame.get_forces()).all()
+    with pytest.raises(PropertyNotImplementedError):
+        frame.get_stress()
+
+
+def test_slab_equals_a_crystal_with_a_wide_gap(toy):
+    slab = short_cell()
+    slab.pbc = (True, True, False)
+    crystal = short_cell()
+    crystal.cell[2] *= 5
+    ours, wide = predict(toy, [slab]), predict(toy, [crystal])
+    assert ours.energies[0] == pytest.approx(wide.energies[0], abs=1e-10)
+    np.testing.assert_allclose(ours.forces[0], wide.forces[0], rtol=0.0, atol=1e-10)
+
+
+def test_rotation_turns_forces_and_stress(toy):
+    frame = short_cell()
+    rotated = frame.copy()
+    rotated.rotate(77.0, (1.0, -2.0, 0.5), rotate_cell=True)
+    turn = np.linalg.solve(frame.cell.array, rotated.cell.array)
+    before, after = predict(toy, [frame]), predict(toy, [rotated])
+    assert after.energies[0] == pytest.approx(before.energies[0], abs=1e-10)
+    np.testing.assert_allclose(after.forces[0], before.forces[0] @ turn, rtol=0.0, atol=1e-10)
+    stress = turn.T @ voigt_6_to_full_3x3_stress(before.stresses[0]) @ turn
+    np.testing.assert_allclose(voigt_6_to_full_3x3_stress(after.stresses[0]), stress, rtol=0.0, atol=1e-12)
+
+
+def test_translation_and_wrapping_change_nothing(toy):
+    frame = short_cell()
+    moved = frame.copy()
+    moved.translate((1.3, -2.7, 31.0))
+    moved.wrap()
+    before, after = predict(toy, [frame]), predict(toy, [moved])
+    assert after.energies[0] == pytest.approx(before.energies[0], abs=1e-10)
+    np.testing.assert_allclose(after.forces[0], before.forces[0], rtol=0.0, atol=1e-10)
+    np.testing.assert_allclose(after.stresses[0], before.stresses[0], rtol=0.0, atol=1e-12)
+
+
+def test_permutation_permutes_forces(toy):
+    frame = short_cell()
+    order = np.random.default_rng(0).permutation(len(frame))
+    before, after = predict(toy, [frame]), predict(toy, [frame[order]])
+    assert after.energies[0] == pytest.approx(before.energies[0], abs=1e-10)
+    np.testing.assert_allclose(after.forces[0], before.forces[0][order], rtol=0.0, atol=1e-10)
+
+
+@pytest.mark.parametrize("transform", [np.diag([2, 1, 1]), np.diag([2, 2, 3]), [[1, 1, 0], [0, 1, 0], [0, 0, 2]]])
+def test_supercell_is_extensive(toy, transform):
+    frame = short_cell()
+    larger = make_supercell(frame, transform)
+    copies = len(larger) // len(frame)
+    small, large = predict(toy, [frame]), predict(toy, [larger])
+    assert large.energies[0] == pytest.approx(copies * small.energies[0], abs=1e-9)
+    np.testing.assert_allclose(large.forces[0], np.tile(small.forces[0], (copies, 1)), rtol=0.0, atol=1e-10)
+    np.testing.assert_allclose(large.stresses[0], small.stresses[0], rtol=0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize("which", ["radial", "angular"])
+def test_smooth_at_the_cutoffs(double, which):
+    cutoff = double.aev.r_cut_radial if which == "radial" else double.aev.r_cut_angular
+
+    def energy_and_force(distance: float) -> tuple[float, float]:
+        # the third atom makes the pair part of an angle
+        result = predict(double, [Atoms("OCH", [(0, 0, 0), (distance, 0, 0), (0, 1.0, 0)])])
+        return result.energies[0], result.forces[0][1, 0]
+
+    step = 1e-4
+    energies, forces = np.array([energy_and_force(cutoff + k * step) for k in range(-3, 4)]).T
+    # the cosine cutoff is continuous with its slope and jumps in curvature: force changes are of order `step`
+    assert np.abs(np.diff(energies)).max() < 2 * step * np.abs(forces).max() + 1e-9
+    assert np.abs(np.diff(forces)).max() < 10 * step
+    if which == "radial":
+        np.testing.assert_array_equal(forces[4:], 0.0)
+        assert forces[0] != 0.0
+
+
+def test_newtonian_dynamics_conserve_the_energy(double):
+    def largest_deviation(time_step: float) -> float:
+        frame = molecule("CH3CH2OH")
+        thermal = np.sqrt(units.kB * 300 * frame.get_masses())[:, None]
+        frame.set_momenta(thermal * np.random.default_rng(5).normal(size=(len(frame), 3)))
+        frame.calc = TlmcCalculator(double)
+        dynamics = VelocityVerlet(frame, timestep=time_step * units.fs)
+        totals = []
+        dynamics.attach(lambda: totals.append(frame.get_total_energy()))
+        dynamics.run(round(40 / time_step))
+        return float(np.ptp(totals))
+
+    coarse, fine = largest_deviation(0.5), largest_deviation(0.25)
+    # velocity Verlet has an error of second order if, and only if, forces are the slope of one smooth energy
+    assert coarse < 0.05
+    assert 3.0 < coarse / fine < 5.0
+
+
+def test_reference_shifts_energies_only(toy):
+    frames = [ethanol(), METHANE]
+    shifted = toy.with_reference(ReferenceEnergies({"H": 0.5, "C": -2.0, "O": 3.0}, "per_element"))
+    plain, after = predict(toy, frames), predict(shifted, frames)
+    np.testing.assert_allclose(after.energies - plain.energies, [3.0 - 4.0 + 3.0, 2.0 - 2.0], rtol=0.0, atol=1e-9)
+    np.testing.assert_array_equal(after.forces[0], plain.forces[0])
+    np.testing.assert_allclose(shifted.atomic_reference(frames) - toy.atomic_reference(frames), [2.0, 0.0], atol=1e-9)
+    ours = TlmcCalculator(shifted).get_property("energies", METHANE)
+    np.testing.assert_allclose(
+        ours - TlmcCalculator(toy).get_property("energies", METHANE), [-2.0] + [0.5] * 4, rtol=0.0, atol=1e-9
+    )
+
+
+def test_members_average_to_the_energy(toy):
+    frame = short_cell()
+    energies = member_energies(toy, frame)
+    assert energies.shape == (3,)
+    assert np.ptp(energies) > 1e-3
+    assert energies.mean() == pytest.approx(predict(toy, [frame]).energies[0], abs=1e-9)
+    assert energy_spread(toy, [frame]) == pytest.approx(energies.std(ddof=1) / len(frame) ** 0.5)
+
+
+def test_no_frames_no_predictions(toy):
+    result = predict(toy, [])
+    assert result.energies.shape == (0,)
+    assert result.forces == result.stresses == ()
+    assert Predictions(result.energies, result.forces).stresses == ()
+
+
+def periodic_without_cell() -> Atoms:
+    return Atoms("H2", [(0, 0, 0), (0, 0, 1)], pbc=True)
+
+
+def flat_cell() -> Atoms:
+    return Atoms("H2", [(0, 0, 0), (0, 0, 1)], cell=[(5, 0, 0), (0, 5, 0), (5, 5, 0)], pbc=True)
+
+
+def not_a_number() -> Atoms:
+    return Atoms("H2", [(0, 0, 0), (0, np.nan, 1)])
+
+
+def infinite_cell() -> Atoms:
+    return Atoms("H2", [(0, 0, 0), (0, 0, 1)], cell=[(5, 0, 0), (0, 5, 0), (0, 0, np.inf)])
+
+
+def overlapping() -> Atoms:
+    return Atoms("H2O", [(0, 0, 0), (0, 0, 5.02), (0, 2, 0)], cell=(5, 5, 5), pbc=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (periodic_without_cell, r"frame 1 \(H2\): periodic in 3 directions, but the cell .* spans 0"),
+        (flat_cell, r"frame 1 \(H2\): periodic in 3 directions, but the cell .* spans 2"),
+        (not_a_number, r"frame 1 \(H2\): position 1 is \[0.0, nan, 1.0\]"),
+        (infinite_cell, r"frame 1 \(H2\): cell vector 2 is \[0.0, 0.0, inf\]"),
+        (overlapping, r"frame 1 \(H2O\): atoms 0 and 1 are 0.02 A apart"),
+    ],
+)
+def test_bad_frames_are_named(toy, make, sentence):
+    with pytest.raises(DataError, match=sentence):
+        predict(toy, [METHANE, make()])
+
+
+def test_uncovered_elements_are_named(toy):
+    with pytest.raises(ModelError, match=r"toy has no network for F \(1 atoms\), N \(2 atoms\)"):
+        predict(toy, [Atoms("N2F", np.eye(3) * 2)])
+    fitted = toy.with_reference(ReferenceEnergies({"H": 0.5, "C": -2.0}, "per_element"))
+    with pytest.raises(ModelError, match="fitted for C, H only, not for O in C2H6O"):
+        predict(fitted, [ethanol()])
+
+
+def test_one_member_has_no_spread():
+    with pytest.raises(ModelError, match="toy has 1 member: a spread needs an ensemble"):
+        energy_spread(toy_potential(members=1), [METHANE])

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import molecule
+from ase.units import Hartree
+from potential_references import (
+    METHANE,
+    torchani_ani2x,
+    torchani_energy_and_forces,
+    toy_potential,
+    with_exact_celu,
+)
+
+from tlmc.potentials import THESIS_DONORS, export_state_dict, predict, relabel, scratch, to_torchani
+from tlmc.potentials.pretrained import parameter_fingerprint
+from tlmc.reference import ReferenceEnergies
+
+
+def formaldehyde_crystal() -> Atoms:
+    frame = molecule("H2CO")
+    frame.rattle(0.05, seed=1)
+    frame.set_cell([[4.0, 0.3, 0.0], [-0.4, 4.2, 0.5], [0.2, 0.1, 4.6]])
+    frame.pbc = True
+    return frame
+
+
+def assert_same(model, exported, frame, rtol):
+    energy, forces = torchani_energy_and_forces(exported, frame)
+    ours = predict(model, [frame])
+    assert ours.energies[0] == pytest.approx(energy, rel=rtol)
+    np.testing.assert_allclose(ours.forces[0], forces, rtol=0.0, atol=rtol * np.abs(forces).max() + 1e-12)
+
+
+def fine_tuned(model):
+    """Other weights than the start model's and a fitted reference."""
+    offsets = {"H": -0.5, "C": 1.5, "O": 40.0}
+    return scratch(model, seed=4).with_reference(ReferenceEnergies(offsets, "per_element"))
+
+
+@pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize("make", [lambda: METHANE, formaldehyde_crystal], ids=["methane", "crystal"])
+def test_torchani_reproduces_a_fine_tuned_model(members, make):
+    model = fine_tuned(toy_potential(members=members))
+    assert_same(model, with_exact_celu(to_torchani(model)), make(), rtol=1e-12)
+
+
+def test_borrowed_elements_become_elements_of_their_own():
+    model = relabel(toy_potential(), THESIS_DONORS)
+    model = model.with_reference(
+        ReferenceEnergies({"H": -0.5, "C": 1.5, "Si": 7.0, "I": 3.0, "Cu": 2.0}, "per_element")
+    )
+    exported = with_exact_celu(to_torchani(model))
+    assert exported.symbols == ("H", "C", "O", "S", "Cl", "Si", "I", "Cu")
+    # donors and borrowers side by side in pairs and angles
+    mixed = Atoms(
+        "SiCHIHCu", [(0, 0, 0), (1.9, 0, 0), (-0.8, 1.2, 0), (-0.5, -1.4, 2.0), (2.4, 1.0, 0.3), (3, -1.2, 1)]
+    )
+    for frame in (mixed, Atoms(mixed, cell=(4.5, 4.5, 4.5), pbc=True), METHANE, molecule("SiH4")):
+        assert_same(model, exported, frame, rtol=1e-12)
+
+
+def test_elements_without_a_reference_cannot_pass_for_aligned():
+    exported = to_torchani(toy_potential().with_reference(ReferenceEnergies({"H": 1.0, "C": 2.0}, "per_element")))
+    assert np.isfinite(torchani_energy_and_forces(exported, METHANE)[0])
+    assert np.isnan(torchani_energy_and_forces(exported, molecule("H2O"))[0])
+
+
+def test_export_does_not_alias_the_model():
+    model = toy_potential()
+    before = predict(model, [METHANE]).energies[0]
+    for tensor in to_torchani(model).state_dict().values():
+        tensor.zero_()
+    assert predict(model, [METHANE]).energies[0] == before
+
+
+def test_ani2xt_goes_to_torchani_and_back_to_a_file(ani2xt, tmp_path):
+    path = tmp_path / "new folder" / "ani2xt.pt"
+    export_state_dict(ani2xt, path)
+    assert [p.name for p in path.parent.iterdir()] == ["ani2xt.pt"]
+    model = to_torchani(scratch(ani2xt, seed=0))
+    model.load_state_dict(torch.load(path, weights_only=True))
+    for frame in (METHANE, formaldehyde_crystal()):
+        assert_same(ani2xt, model, frame, rtol=2e-6)
+
+
+@pytest.mark.needs_mirror
+def test_ani2x_comes_back_unchanged(ani2x):
+    exported = to_torchani(ani2x).state_dict()
+    published = torchani_ani2x().state_dict()
+    assert parameter_fingerprint(exported) == ani2x.fingerprint
+    assert list(exported) == list(published)
+    for key, value in published.items():
+        torch.testing.assert_close(exported[key], value, rtol=1e-7, atol=0.0)
+        assert exported[key].dtype == value.dtype
+
+
+@pytest.mark.needs_mirror
+def test_fine_tuned_ani2x_loads_into_torchani(ani2x, tmp_path):
+    # weights a little off the published ones, as after fine-tuning
+    noise = scratch(ani2x, seed=1)
+    for symbol, layers in noise.networks.items():
+        for layer, start in zip(layers, ani2x.networks[symbol], strict=True):
+            layer.weight.mul_(0.05).add_(start.weight)
+            layer.bias.mul_(0.05).add_(start.bias)
+    model = noise.with_reference(ReferenceEnergies({"H": -0.5, "C": 1.5, "O": 40.0}, "per_element"))
+    export_state_dict(model, tmp_path / "model.pt")
+    loaded = torchani_ani2x()
+    loaded.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    untouched = predict(ani2x, [METHANE])
+    for frame in (METHANE, formaldehyde_crystal()):
+        assert_same(model, loaded, frame, rtol=5e-6)
+    loaded = with_exact_celu(loaded.to(torch.float64))
+    for frame in (METHANE, formaldehyde_crystal()):
+        # what is left is the float32 of the self energies in the file
+        assert_same(model.to(torch.float64), loaded, frame, rtol=1e-7)
+    assert abs(predict(model, [METHANE]).energies[0] - untouched.energies[0]) > 0.01 * Hartree
+
+
+@pytest.mark.needs_mirror
+def test_double_precision_export_is_exact(ani2x):
+    model = ani2x.to(torch.float64).with_reference(ReferenceEnergies({"H": -0.5, "C": 1.5, "O": 40.0}, "per_element"))
+    exported = with_exact_celu(to_torchani(model))
+    for frame in (METHANE, formaldehyde_crystal()):
+        assert_same(model, exported, frame, rtol=1e-11)
