@@ -66,12 +66,12 @@ class AEVParameters:
 
     def columns(self, present: list[int], n_species: int) -> Tensor:
         """Return the columns that can differ from zero when only these species are present, ascending, int64."""
-        first_angular = n_species * self.n_radial
-        starts = [(s * self.n_radial, self.n_radial) for s in present]
-        for place, a in enumerate(present):
-            for b in present[place:]:
-                starts.append((first_angular + _pair_index(a, b, n_species) * self.n_angular, self.n_angular))
-        return torch.cat([torch.arange(start, start + width) for start, width in sorted(starts)])
+        species = torch.tensor(sorted(present))
+        first, second = torch.triu_indices(len(species), len(species))
+        pairs = _pair_index(species[first], species[second], n_species)
+        radial = (species[:, None] * self.n_radial + torch.arange(self.n_radial)).reshape(-1)
+        angular = (pairs[:, None] * self.n_angular + torch.arange(self.n_angular)).reshape(-1)
+        return torch.cat([radial, n_species * self.n_radial + angular])
 
 
 class Neighbours(NamedTuple):
@@ -266,7 +266,7 @@ def _sum_blocks(block: Tensor, atom: Tensor, values: Tensor, n_atoms: int) -> tu
     """Add up values (n, width, 3) that share block and atom; return unique blocks, atoms and sums."""
     keys, inverse = torch.unique(block * n_atoms + atom, return_inverse=True)
     total = values.new_zeros(len(keys), values.shape[1] * 3)
-    total.index_add_(0, inverse, values.reshape(len(values), -1))
+    total.index_add_(0, inverse, values.flatten(1))
     return keys // n_atoms, keys % n_atoms, total.view(-1, values.shape[1], 3)
 
 
@@ -275,9 +275,10 @@ def _outer(left: Tensor, right: Tensor) -> Tensor:
     return (left[:, :, None] * right[:, None, :]).flatten(1)
 
 
-def _pair_index(a: int | Tensor, b: int | Tensor, n_species: int) -> int | Tensor:
+def _pair_index(a: Tensor, b: Tensor, n_species: int) -> Tensor:
     """Return the place of an ordered pair ``a <= b`` in the row-wise upper triangle."""
-    return a * n_species - a * (a - 1) // 2 + b - a
+    index: Tensor = a * n_species - a * (a - 1) // 2 + b - a
+    return index
 
 
 def _cutoff(distances: Tensor, r_cut: float) -> tuple[Tensor, Tensor]:

@@ -113,13 +113,11 @@ def load_model(path: Path | str) -> tuple[Potential, dict[str, Any]]:
             )
             for symbol in content["symbols"]
         }
-        aev = AEVParameters(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in content["aev"].items()}
-        )
+        constants: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content["aev"].items()}
         potential = Potential(
             name=content["name"],
             symbols=tuple(content["symbols"]),
-            aev=aev,
+            aev=AEVParameters(**constants),
             networks=networks,
             self_energies=content["self_energies"],
             fingerprint=content["fingerprint"],

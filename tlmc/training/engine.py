@@ -14,7 +14,7 @@ Notation for one element: ``a_0 = G`` (n, K) its active descriptor columns, ``M`
    ``dW_l = a_{l-1}^T y_l + h_{l-1}^T d_l`` (``h_0 = v``), ``db_l = sum y_l``,
    ``dw = (scale/M) sum (c a_L + h_L)``, ``db = (scale/M) sum c``.
 
-For CELU with width ``alpha``: ``s = exp(min(z, 0)/alpha)``, ``a = max(z, 0) + alpha (s - 1)``, and ``p = s/alpha`` where
+For CELU of width ``alpha``: ``s = exp(min(z, 0)/alpha)``, ``a = max(z, 0) + alpha (s - 1)``, ``p = s/alpha`` where
 ``z < 0``, so that ``p t q = d t / alpha`` there: the exponential is evaluated once per layer.
 """
 
@@ -28,12 +28,9 @@ import torch
 from torch import Tensor
 
 from tlmc.potentials.model import Layer, Potential
+from tlmc.potentials.network import CELU_ALPHA
 from tlmc.training.cache import DescriptorCache, Structure
 from tlmc.training.loss import LossAndSlopes
-
-ALPHA = 0.1
-"""Width of the CELU of ANI networks."""
-
 
 class Batch(NamedTuple):
     """Several structures merged for the networks: atoms sorted by element over the whole batch."""
@@ -249,9 +246,9 @@ class Engine:
             for number in range(len(hidden)):
                 if number > 0:
                     z = torch.baddbmm(hidden[number].bias, activations[-1], hidden[number].weight)
-                slope = z.clamp(max=0.0).div_(ALPHA).exp_()
+                slope = z.clamp(max=0.0).div_(CELU_ALPHA).exp_()
                 slopes.append(slope)
-                activations.append(z.clamp_(min=0.0).add_(slope, alpha=ALPHA).sub_(ALPHA))
+                activations.append(z.clamp_(min=0.0).add_(slope, alpha=CELU_ALPHA).sub_(CELU_ALPHA))
             atomic[atoms] = torch.baddbmm(b, activations[-1], w).sum(0).squeeze(-1).double() * self._factor
             q.append((w * self._factor).transpose(1, 2).expand(-1, n, -1))
             for number in range(len(hidden) - 1, -1, -1):
@@ -291,7 +288,7 @@ class Engine:
         for number in range(len(hidden) - 1, lowest - 1, -1):
             # p t q = d t / alpha where the slope is below one, that is z < 0
             slope, d = sweep.slopes[number], sweep.d[number]
-            y = (d * tangents[number]).div_(ALPHA).masked_fill_(slope == 1.0, 0.0)
+            y = (d * tangents[number]).div_(CELU_ALPHA).masked_fill_(slope == 1.0, 0.0)
             y.addcmul_(d, c[:, None]) if upper is None else y.addcmul_(slope, upper)
             if number > lowest:
                 upper = torch.bmm(y, hidden[number].weight.transpose(1, 2))

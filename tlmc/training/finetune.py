@@ -71,8 +71,8 @@ class FinetuneConfig(BaseModel):
     clip_norm: float | None = Field(None, gt=0.0)
     """Largest norm of the gradient, in units of the loss per weight."""
     keep: Literal["last", "best"] = "last"
-    """Which weights the result holds. ``best`` has the lowest ``sqrt(force RMSE * energy RMSE)`` of the validation part:
-    the forces alone are a trap, since a dozen frames contain outliers."""
+    """Which weights the result holds. ``best`` has the lowest ``sqrt(force RMSE * energy RMSE)`` of the validation
+    part: the forces alone are a trap, since a dozen frames contain outliers."""
     seed: int = Field(0, ge=0)
     """Order of the batches, and the weights with ``init="scratch"``."""
     precision: Literal["float32", "float64"] = "float32"
@@ -114,8 +114,8 @@ class FinetuneResult:
     potential: Potential
     """Final weights with the reference energies fitted on the training part."""
     history: pd.DataFrame
-    """A row per epoch: epoch, lr, train_loss and validation_loss (eV^2), energy RMSE per atom (eV/atom) and vector force
-    RMSE (eV/A) of training (running, while weights change) and validation, validation_score, seconds."""
+    """A row per epoch: epoch, lr, train_loss and validation_loss (eV^2), energy RMSE per atom (eV/atom) and vector
+    force RMSE (eV/A) of training (running, while weights change) and validation, validation_score, seconds."""
     best_epoch: int
     """Epoch with the lowest validation score."""
     config: FinetuneConfig
@@ -221,7 +221,7 @@ def finetune(
             )
             if bar.disable:
                 _LOG.info(
-                    "%s epoch %d/%d: lr %.1e, loss %.2e train, %.2e validation; validation F %.4f eV/A, E %.2f meV/atom",
+                    "%s epoch %d/%d: lr %.1e, loss %.2e train, %.2e validation; validation F %.4f eV/A, E %.2f meV",
                     config.recipe, state.epoch, config.epochs, row["lr"], row["train_loss"], row["validation_loss"],
                     row["validation_force_rmse_vector"], 1e3 * row["validation_energy_rmse_per_atom"],
                 )  # fmt: skip
