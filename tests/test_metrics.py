@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from tlmc.datasets import load_dataset
 from tlmc.errors import ConfigError, DataError
 from tlmc.evaluation.metrics import by_force_range, correlation, evaluate, frame_force_rms, per_frame
 
@@ -237,3 +238,26 @@ class TestBadInput:
 
 def test_frame_force_rms(by_hand):
     np.testing.assert_allclose(frame_force_rms(by_hand[0]), [1.0, math.sqrt(6)])
+
+
+@pytest.mark.needs_mirror
+def test_known_errors_on_public_data():
+    """Urea, crystals and molecules together: errors that were put in come out."""
+    urea = load_dataset("molcrys-mace/21_urea")
+    signs = np.where(np.arange(len(urea)) % 2, 1.0, -1.0)
+    predicted = labelled.predictions(
+        urea.energies + urea.n_atoms * (0.3 + 0.002 * signs), [force + 0.03 for force in urea.forces]
+    )
+    metrics = evaluate(urea, predicted)
+    assert metrics["force_rmse_component"].value == pytest.approx(0.03)
+    assert metrics["force_rmse_vector"].value == pytest.approx(0.03 * math.sqrt(3))
+    assert metrics["force_max_error"].value == pytest.approx(0.03 * math.sqrt(3))
+    assert metrics["energy_rmse_per_atom_centred"].value == pytest.approx(0.002)
+    assert metrics["energy_mae_per_atom"].value == pytest.approx(0.3)
+    assert metrics["energy_correlation"].value > 0.99
+    table = by_force_range(urea, predicted)
+    assert table["n_frames"].sum() == 180
+    # on both sides of the bound there are enough frames to speak of: 52 of 180 lie above it
+    assert (frame_force_rms(urea) > 2.0).sum() == 52
+    assert table.loc[table["lower"] >= 2.0, "n_frames"].sum() == 52
+    assert metrics["force_rmse_vector_above_2"].value == pytest.approx(0.03 * math.sqrt(3))

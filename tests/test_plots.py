@@ -12,6 +12,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from tlmc import plots
+from tlmc.datasets import load_dataset
 from tlmc.errors import ConfigError, DataError
 from tlmc.evaluation.metrics import evaluate, per_frame
 
@@ -196,6 +197,20 @@ class TestParityGrid:
         expected = 1000 * evaluate(labels, before)["energy_rmse_per_atom"].value
         assert f"RMSE {expected:.0f} meV/atom" in texts(panels[2])
         assert panels[0].get_title() == "ANI-2x"
+
+    @pytest.mark.needs_mirror
+    def test_public_data(self):
+        crystal = load_dataset("molcrys-mace/23_succinic_acid")
+        rng = np.random.default_rng(0)
+        noisy = labelled.predictions(
+            crystal.energies + 0.002 * crystal.n_atoms * rng.normal(size=len(crystal)),
+            [force + 0.03 * rng.normal(size=force.shape) for force in crystal.forces],
+        )
+        panels = plots.parity_grid(crystal, noisy, noisy).axes
+        # more atoms than markers could show, fewer frames than that
+        assert panels[0].collections[0].get_array().sum() == crystal.n_atoms.sum() > 10_000
+        assert len(panels[2].collections[0].get_offsets()) == len(crystal)
+        assert "RMSE 0.052 eV/Å (vector)" in texts(panels[1])
 
 
 class TestResiduals:

@@ -535,6 +535,7 @@ def density_landscape(
         part = chosen & crystal
         ax.scatter(density[part], energies[part], s=9, color=colour, alpha=0.7, linewidth=0, label=name)
     ax.set(xlabel="density (g/cm³)", ylabel="E/N above the lowest (meV/atom)")
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
     if groups is not None:
         ax.legend()
     return _finish(ax)

@@ -1,0 +1,100 @@
+"""A model before and after fine-tuning, on one part of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from tlmc.evaluation.metrics import Metric, evaluate
+from tlmc.evaluation.records import rows_from_metrics
+from tlmc.potentials.calculator import Predictions, predict
+from tlmc.reference import fit_reference
+
+if TYPE_CHECKING:
+    from tlmc.datasets import Dataset
+    from tlmc.potentials.model import Potential
+    from tlmc.splits import Split
+
+Part = Literal["train", "validation", "test"]
+
+START = "start"
+REFITTED = "start, offset refitted"
+
+
+class Stage(NamedTuple):
+    """A model's answers about one part of a data set, and their errors."""
+
+    predictions: Predictions
+    metrics: dict[str, Metric]
+
+
+def refit_offset(model: Potential, dataset: Dataset) -> Potential:
+    """Return the model with reference energies fitted anew to all labels of a data set, weights as they are."""
+    bare = model.with_reference(None)
+    reference = fit_reference(dataset.frames, dataset.energies, predict(bare, dataset.frames).energies)
+    return bare.with_reference(reference)
+
+
+def before_and_after(
+    start: Potential, tuned: Mapping[str, Potential], dataset: Dataset, split: Split, part: Part = "test"
+) -> dict[str, Stage]:
+    """Evaluate a start model, the same with its energy offset refitted, and what became of it.
+
+    The offset is fitted on the training part. Against it, and not against the start model as it is, the energy error
+    after fine-tuning says what was learned: a start model's energies are mostly off by a constant (thesis, table 4.6).
+
+    Parameters
+    ----------
+    start
+        Model before fine-tuning.
+    tuned
+        Fine-tuned models by recipe.
+    dataset, split
+        All frames and their parts.
+    part
+        The part to evaluate on.
+
+    Returns
+    -------
+    dict
+        A stage under ``"start"``, ``"start, offset refitted"`` and every recipe.
+    """
+    chosen = dataset.subset(getattr(split, part))
+    models = {START: start, REFITTED: refit_offset(start, dataset.subset(split.train)), **tuned}
+    stages = {}
+    for name, model in models.items():
+        predictions = predict(model, chosen.frames)
+        stages[name] = Stage(predictions, evaluate(chosen, predictions))
+    return stages
+
+
+def rows_from_stages(
+    stages: Mapping[str, Stage],
+    *,
+    study: str,
+    dataset: str,
+    start_model: str,
+    seed: int,
+    n_train: int,
+    run_id: str,
+    split: Part = "test",
+) -> list[dict[str, Any]]:
+    """Turn the stages of one run into records; the arguments are the columns of the record.
+
+    The start model as it is has seen no frames, so its ``n_train`` is 0.
+    """
+    return [
+        row
+        for name, stage in stages.items()
+        for row in rows_from_metrics(
+            stage.metrics,
+            study=study,
+            dataset=dataset,
+            start_model=start_model,
+            recipe=name,
+            seed=seed,
+            split=split,
+            n_train=0 if name == START else n_train,
+            run_id=run_id,
+        )
+    ]
