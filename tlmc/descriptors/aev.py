@@ -197,7 +197,7 @@ def aev_backward(
     _, slope = _radial_terms(parameters, distances)
     radial_cotangent = cotangent[:, :n_first_angular].reshape(n_atoms * n_species, -1)
     radial_cotangent = radial_cotangent[pairs.centre * n_species + species[pairs.neighbour]]
-    result = (radial_cotangent * slope).sum(1, keepdim=True) * directions
+    result: Tensor = (radial_cotangent * slope).sum(1, keepdim=True) * directions
 
     t = _triples(parameters, n_species, species, pairs, distances)
     h = cotangent[:, n_first_angular:].reshape(-1, parameters.n_angular)[t.block]
