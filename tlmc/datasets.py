@@ -263,7 +263,7 @@ def load_dataset(
         if not path.exists():
             raise DataError(_unknown(str(source), embedded))
     dataset = dataset_from_frames(
-        _read(path),
+        read_frames(path),
         name=name,
         source=origin,
         energy_key=energy_key,
@@ -274,6 +274,50 @@ def load_dataset(
     )
     logger.info("%s: %d frames (%d crystals) from %s", name, len(dataset), dataset.is_crystal.sum(), origin)
     return dataset
+
+
+def read_frames(path: str | Path) -> list[Atoms]:
+    """Read all structures of a file with ASE, with or without labels, unchecked.
+
+    Parameters
+    ----------
+    path
+        Any file that ASE reads, compressed or not.
+
+    Returns
+    -------
+    list of Atoms
+        At least one.
+
+    Raises
+    ------
+    DataError
+        If the file is missing, empty, damaged, of a kind ASE does not know, or may hold pickles.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder, not a file with structures")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            head = stream.read(16)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    if not size:
+        raise DataError(f"{path}: is empty (0 bytes)")
+    pickled = head[:1] == b"\x80" or head.startswith((b"\x93NUMPY", b"PickleTrajectory"))
+    if pickled or path.suffix.lower() in (".pckl", ".pickle", ".pkl", ".npy", ".npz", ".pt", ".pth"):
+        raise DataError(
+            f"{path}: may hold Python objects (pickle), which run code when read: convert it to extxyz at its origin"
+        )
+    try:
+        frames = ase.io.read(str(path), index=":", format=filetype(str(path)), do_not_split_by_at_sign=True)
+    except _READ_ERRORS as error:
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise DataError(f"{path}: ASE cannot read it ({type(error).__name__}: {reason})") from error
+    if not frames:
+        raise DataError(f"{path}: holds no frames")
+    return list(frames)
 
 
 def dataset_from_frames(
@@ -515,33 +559,6 @@ def _download(url: str, collection: str, file_name: str, sha256: str) -> Path:
         full = "no space left" if error.errno == errno.ENOSPC else error.strerror or str(error)
         raise DataError(f"cannot write {path} ({full}): free space, or set TLMC_CACHE_DIR to another folder") from error
     return path
-
-
-def _read(path: Path) -> list[Atoms]:
-    """Read all frames of a file with ASE; no format that can hold pickles."""
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder, not a file with structures")
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            head = stream.read(16)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    if not size:
-        raise DataError(f"{path}: is empty (0 bytes)")
-    pickled = head[:1] == b"\x80" or head.startswith((b"\x93NUMPY", b"PickleTrajectory"))
-    if pickled or path.suffix.lower() in (".pckl", ".pickle", ".pkl", ".npy", ".npz", ".pt", ".pth"):
-        raise DataError(
-            f"{path}: may hold Python objects (pickle), which run code when read: convert it to extxyz at its origin"
-        )
-    try:
-        frames = ase.io.read(str(path), index=":", format=filetype(str(path)), do_not_split_by_at_sign=True)
-    except _READ_ERRORS as error:
-        reason = " ".join(str(error).split()) or "no reason given"
-        raise DataError(f"{path}: ASE cannot read it ({type(error).__name__}: {reason})") from error
-    if not frames:
-        raise DataError(f"{path}: holds no frames")
-    return list(frames)
 
 
 class _LabelNames(NamedTuple):
