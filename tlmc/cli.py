@@ -1,0 +1,554 @@
+"""The command line ``tlmc``: run the study, fine-tune on your own data, evaluate, fetch, label, look things up."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+import yaml
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Column, Table
+from typer.core import TyperGroup
+
+# What is slow to import (torch, ASE, matplotlib) is imported by the commands that need it: --help answers at once.
+from tlmc.errors import ConfigError, TlmcError
+from tlmc.files import atomic_path, write_json
+from tlmc.paths import cache_dir, mirror_dir, reports_dir
+
+if TYPE_CHECKING:
+    from tlmc.datasets import Dataset
+    from tlmc.evaluation.comparison import Stage
+    from tlmc.evaluation.metrics import Metric
+    from tlmc.potentials.model import Potential
+
+EPILOG = """
+[bold]Environment[/bold]
+
+TLMC_DATA_DIR: folder with public data sets already downloaded (<collection>/<name>.traj), looked at before the network
+
+TORCHANI_DATA_DIR: folder of torchani that holds StateDicts/ani2x_state_dict.pt
+
+TLMC_CACHE_DIR: downloads and descriptor caches (default: the user's cache folder)
+
+TLMC_REPORTS_DIR: metrics, figures, runs and the report (default: reports/ of the checkout)
+
+TLMC_THREADS: threads that a command and the notebooks it runs may use (default: one per core)
+
+[bold]Exit status[/bold]
+
+0 done; 2 the input cannot be used, one sentence says why; 130 interrupted, the same command goes on from there
+"""
+
+TABLE_QUANTITIES = {
+    "force_rmse_vector": "F vector (eV/A)",
+    "force_rmse_component": "F component (eV/A)",
+    "force_mae_component": "F MAE component (eV/A)",
+    "energy_rmse_per_atom": "E (eV/atom)",
+    "energy_mae_per_atom": "E MAE (eV/atom)",
+}
+_UNITS_HELP = "Units of the labels: eV, Hartree/Bohr, Hartree/Angstrom or kcal/mol."
+
+out = Console()
+err = Console(stderr=True)
+
+
+class _Commands(TyperGroup):
+    """Turn errors that a user can act on into one sentence, and Ctrl-C into advice."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (TlmcError, OSError) as error:
+            err.print(f"[red]{escape(str(error))}[/red]", soft_wrap=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt:
+            err.print("[yellow]interrupted: what is finished is kept, the same command goes on from there[/yellow]")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Transfer learning of interatomic potentials, from molecules to crystals.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Mapped = Annotated[
+    list[str] | None, typer.Option("--map", metavar="NEW=DONOR", help="Let an element borrow a network, e.g. Si=C.")
+]
+EnergyKey = Annotated[str | None, typer.Option(help="Name of the energies in the file, e.g. REF_energy.")]
+ForcesKey = Annotated[str | None, typer.Option(help="Name of the forces in the file, e.g. REF_forces.")]
+Units = Annotated[str, typer.Option(help=_UNITS_HELP)]
+
+
+@app.callback()
+def _main(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Warnings only.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Everything, debugging messages too.")] = False,
+) -> None:
+    level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+    handler = RichHandler(console=err, show_path=False, show_level=False, log_time_format="[%X]")
+    if not verbose:
+        # papermill announces every cell twice
+        handler.addFilter(lambda record: not record.getMessage().startswith(("Executing Cell", "Ending Cell")))
+    for name in ("tlmc", "papermill"):
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.handlers = [handler]
+    threads = os.environ.get("TLMC_THREADS")
+    if threads is not None:
+        if not (threads.isdigit() and int(threads) > 0):
+            raise ConfigError(f"TLMC_THREADS must be a positive integer, got {threads!r}")
+        # read by torch when it is imported, later than this, and inherited by kernels
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = threads
+
+
+@app.command()
+def study(
+    profile: Annotated[str, typer.Option(help="smoke, laptop, full, or a folder of notebooks/profiles.")] = "laptop",
+    notebook: Annotated[
+        list[str] | None, typer.Option("--notebook", "-n", help="Only this notebook, by name or number; repeatable.")
+    ] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--parameter", "-p", metavar="NAME=VALUE", help="A parameter, for all notebooks that have it; repeatable."
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Reports folder.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Also run notebooks that are complete and unchanged.")] = False,
+) -> None:
+    """Run the notebooks of a profile headless and write the report, reports/index.html.
+
+    A notebook that is complete and whose source, parameters, data and code are unchanged is not run again, so an
+    interrupted study goes on where it was.
+
+    [bold]Examples[/bold]
+
+    tlmc study
+
+    tlmc study --profile smoke --notebook 07
+
+    tlmc study -n 07 -p dataset=my.extxyz -p epochs=30 --output my-report
+    """
+    from tlmc.study import run_study
+
+    parameters = {key: yaml.safe_load(value) for key, value in _pairs(parameter, "--parameter").items()}
+    index = run_study(profile, notebook, parameters=parameters, output=output, force=force)
+    out.print(f"report: {index}", soft_wrap=True)
+
+
+@app.command()
+def finetune(
+    dataset: Annotated[str, typer.Argument(help="Name (tlmc fetch --list) or any file that ASE reads.")],
+    start_model: Annotated[str, typer.Option(help="ani2x, ani2xt, or a model.safetensors to go on from.")] = "ani2xt",
+    recipe: Annotated[str, typer.Option(help="thesis, short, scratch or frozen.")] = "short",
+    seed: Annotated[int, typer.Option(min=0, help="Of the split and of the training.")] = 0,
+    epochs: Annotated[int | None, typer.Option(help="Default: the recipe's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Structures per step. Default: the recipe's.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate. Default: the recipe's.")] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of FinetuneConfig, e.g. lambda_=0.5."),
+    ] = None,
+    mapped: Mapped = None,
+    split: Annotated[
+        Literal["random", "blocks", "energy_groups"], typer.Option(help="How frames are parted, 70/10/20.")
+    ] = "random",
+    crystals_only: Annotated[bool, typer.Option("--crystals-only", help="Leave isolated molecules out.")] = False,
+    energy_key: EnergyKey = None,
+    forces_key: ForcesKey = None,
+    units: Units = "eV",
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Default: <reports>/runs/<data>-<model>-<recipe>-<seed>.")
+    ] = None,
+    study_name: Annotated[
+        str | None, typer.Option("--record", metavar="STUDY", help="Add the test errors to metrics/summary.parquet.")
+    ] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
+) -> None:
+    """Fine-tune a start model on labelled structures and evaluate it on the test part.
+
+    The run folder gets model.safetensors, history.csv, split.json, metrics.json and parity.png. A run that was
+    interrupted goes on from its last epoch, to the weights it would have had anyway.
+
+    [bold]Examples[/bold]
+
+    tlmc finetune naphthalene
+
+    tlmc finetune molcrys-mace/21_urea --start-model ani2x --recipe thesis
+
+    tlmc finetune my.extxyz --map Si=C --energy-key REF_energy --forces-key REF_forces --set keep=best
+    """
+    from tlmc.evaluation.comparison import before_and_after, rows_from_stages
+    from tlmc.evaluation.records import append_records
+    from tlmc.splits import split_dataset
+    from tlmc.training.finetune import finetune as train
+    from tlmc.training.finetune import recipe as named_recipe
+
+    changes = {key: yaml.safe_load(value) for key, value in _pairs(setting, "--set").items()}
+    named = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
+    config = named_recipe(recipe, **(changes | {key: value for key, value in named.items() if value is not None}))
+    data = _load(dataset, energy_key, forces_key, units)
+    if crystals_only:
+        data = data.crystals()
+    model = _model(start_model, mapped)
+    parts = split_dataset(data, method=split, seed=seed)
+    folder = run_dir or reports_dir() / "runs" / f"{data.name.replace('/', '-')}-{model.name}-{recipe}-{seed}"
+    result = train(model, data, parts, config, folder, tensorboard=tensorboard)
+    stages = before_and_after(model, {recipe: result.potential}, data, parts)
+    content = {
+        "run_id": result.run_id,
+        "dataset": {"name": data.name, "source": data.source, "hash": data.hash},
+        "start_model": {"name": model.name, "fingerprint": model.fingerprint},
+        "n_train": len(parts.train),
+        "test": {name: _plain(stage.metrics) for name, stage in stages.items()},
+    }
+    write_json(folder / "metrics.json", content)
+    _parity(folder / "parity.png", data.subset(parts.test), stages, recipe)
+    if study_name is not None:
+        rows = rows_from_stages(
+            stages,
+            study=study_name,
+            dataset=data.name,
+            start_model=model.name,
+            seed=seed,
+            n_train=len(parts.train),
+            run_id=result.run_id,
+        )
+        append_records(rows)
+    title = f"{data.name}: errors on {len(parts.test)} test frames after training on {len(parts.train)}"
+    _print_metrics(title, {name: stage.metrics for name, stage in stages.items()})
+    out.print(f"run: {folder}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="ani2x, ani2xt, or a model.safetensors.")],
+    dataset: Annotated[str, typer.Argument(help="Name (tlmc fetch --list) or any file that ASE reads.")],
+    split: Annotated[Path | None, typer.Option(help="split.json of a run: evaluate on one part only.")] = None,
+    part: Annotated[Literal["train", "validation", "test"], typer.Option(help="The part of --split.")] = "test",
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Fit the energy offset first: on the training part of --split.")
+    ] = False,
+    mapped: Mapped = None,
+    energy_key: EnergyKey = None,
+    forces_key: ForcesKey = None,
+    units: Units = "eV",
+    output: Annotated[Path | None, typer.Option(help="Folder for metrics.json and per_frame.csv.")] = None,
+) -> None:
+    """Compare a model's energies and forces with labels.
+
+    Without --split all frames count, and --refit fits the offset on the same frames.
+
+    [bold]Examples[/bold]
+
+    tlmc evaluate ani2xt naphthalene --refit
+
+    tlmc evaluate reports/runs/my-run/model.safetensors my.extxyz --split reports/runs/my-run/split.json
+    """
+    from tlmc.evaluation import evaluate as errors_of
+    from tlmc.evaluation import per_frame
+    from tlmc.evaluation.comparison import refit_offset
+    from tlmc.potentials.calculator import predict
+
+    data, potential = _load(dataset, energy_key, forces_key, units), _model(model, mapped)
+    chosen, fitted_on = data, data
+    if split is not None:
+        parts = _read_split(split, data)
+        chosen, fitted_on = data.subset(getattr(parts, part)), data.subset(parts.train)
+    if refit:
+        potential = refit_offset(potential, fitted_on)
+    predictions = predict(potential, chosen.frames)
+    metrics = errors_of(chosen, predictions)
+    if output is not None:
+        content = {"model": model, "dataset": data.name, "hash": data.hash, "part": part if split else "all"}
+        write_json(output / "metrics.json", content | {"offset_refitted": refit, "metrics": _plain(metrics)})
+        with atomic_path(output / "per_frame.csv") as temporary:
+            per_frame(chosen, predictions).to_csv(temporary, index=False)
+    table = Table(title=f"{model} on {len(chosen)} frames of {data.name}")
+    for heading in ("quantity", "value", "unit"):
+        table.add_column(heading, justify="right" if heading == "value" else "left")
+    for name, metric in metrics.items():
+        table.add_row(name, f"{metric.value:.5g}", metric.unit)
+    out.print(table)
+
+
+@app.command()
+def fetch(
+    names: Annotated[list[str] | None, typer.Argument(help="Start models and data sets.", show_default=False)] = None,
+    show: Annotated[bool, typer.Option("--list", help="List what can be fetched.")] = False,
+) -> None:
+    """Download start models and public data sets into the cache and check their SHA-256.
+
+    [bold]Examples[/bold]
+
+    tlmc fetch --list
+
+    tlmc fetch ani2xt molcrys-mace/21_urea
+    """
+    from tlmc.datasets import available, load_dataset
+    from tlmc.potentials.pretrained import start_models, weights_path
+
+    models, datasets = start_models(), available()
+    if show:
+        table = Table(Column("name", no_wrap=True), "what", "frames", "level of theory", box=None)
+        for name, text in models.items():
+            table.add_row(name, text, "", "")
+        for name, facts in datasets.items():
+            text = str(facts.get("formula", "embedded"))
+            table.add_row(name, text, str(facts.get("frames", "")), str(facts.get("level_of_theory", "")))
+        out.print(table)
+        return
+    if not names:
+        raise ConfigError("name what to fetch, or see tlmc fetch --list")
+    unknown = [name for name in names if name not in models and name not in datasets]
+    if unknown:
+        raise ConfigError(f"nothing to fetch under the name {', '.join(unknown)}: see tlmc fetch --list")
+    for name in names:
+        if name in models:
+            fingerprint = _model(name, None).fingerprint
+            out.print(f"{name}: {weights_path(cast(Any, name))}, weights {fingerprint[:16]}", soft_wrap=True)
+        else:
+            data = load_dataset(name)
+            out.print(f"{name}: {len(data)} frames from {data.source}, hash {data.hash[:16]}", soft_wrap=True)
+
+
+@app.command()
+def info(
+    subject: Annotated[
+        str | None, typer.Argument(help="A data set, a file, a start model, or nothing.", show_default=False)
+    ] = None,
+) -> None:
+    """Describe the installation, or a data set, or a model.
+
+    [bold]Examples[/bold]
+
+    tlmc info
+
+    tlmc info my.extxyz
+
+    tlmc info reports/runs/my-run/model.safetensors
+    """
+    from tlmc.potentials.pretrained import start_models
+
+    if subject is None:
+        facts = _installation()
+    elif subject in start_models() or Path(subject).suffix == ".safetensors":
+        facts = _model_facts(subject)
+    else:
+        facts = _dataset_facts(_load(subject, None, None, "eV"))
+    table = Table(Column(no_wrap=True), Column(overflow="fold"), show_header=False, box=None)
+    for name, value in facts.items():
+        table.add_row(name, escape(value))
+    out.print(table)
+
+
+@app.command()
+def label(
+    structures: Annotated[
+        Path | None, typer.Argument(help="Any file that ASE reads; all of its frames.", show_default=False)
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Labelled file, .extxyz or .extxyz.xz.")] = Path(
+        "labelled.extxyz"
+    ),
+    method: Annotated[
+        str | None, typer.Option(help="gfn2-xtb, gfn1-xtb, module:function or file.py:function. [default: gfn2-xtb]")
+    ] = None,
+    level_of_theory: Annotated[str, typer.Option(help="What to call a method of your own in the frames.")] = "",
+    recipe: Annotated[
+        str | None, typer.Option(help="Perturb first, as the embedded set of this name was; STRUCTURES is the crystal.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Calculations at a time.")] = 1,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Compute frames again that failed in an earlier run.")
+    ] = False,
+) -> None:
+    """Label structures with energies, forces and stresses by any ASE calculator, or make a training set of a crystal.
+
+    An interrupted run goes on where it was. A method of your own is a function without arguments that returns an ASE
+    calculator, of VASP, CP2K, GPAW or whatever your cluster has.
+
+    [bold]Examples[/bold]
+
+    tlmc label candidates.extxyz -o labelled.extxyz --processes 2
+
+    tlmc label my_crystal.cif --recipe naphthalene -o my_crystal.extxyz
+
+    tlmc label frames.traj --method my_vasp.py:calculator --level-of-theory "r2SCAN, 440 eV"
+    """
+    from tlmc import labelling
+    from tlmc.datasets import read_frames
+
+    if recipe is not None:
+        if recipe not in labelling.RECIPES:
+            raise ConfigError(f"unknown recipe {recipe!r}; known are {', '.join(labelling.RECIPES)}")
+        plan = labelling.RECIPES[recipe]
+        if structures is not None:
+            plan = replace(plan, name=structures.stem, structure=str(structures.resolve()))
+        if method is not None:
+            plan = replace(plan, method=method)
+        if level_of_theory:
+            raise ConfigError("--level-of-theory goes with a --method of your own, not with --recipe")
+        report = labelling.build(plan, output, processes, retry_failed=retry_failed)
+    elif structures is not None:
+        chosen = labelling.method(method or "gfn2-xtb", level_of_theory)
+        report = labelling.label(read_frames(structures), chosen, output, processes, retry_failed=retry_failed)
+    else:
+        raise ConfigError("name a file of structures, or a recipe with --recipe")
+    out.print(
+        f"{report.target}: {report.labelled} frames labelled with {report.level_of_theory} ({report.reused} of them "
+        f"before), {len(report.failed)} failed, {len(report.rejected)} left out, SHA-256 {report.sha256}",
+        soft_wrap=True,
+    )
+
+
+def _pairs(items: list[str] | None, option: str) -> dict[str, str]:
+    """Split NAME=VALUE arguments."""
+    pairs = {}
+    for item in items or []:
+        key, separator, value = item.partition("=")
+        if not (separator and key and value):
+            raise ConfigError(f"{option} takes NAME=VALUE, got {item!r}")
+        pairs[key] = value
+    return pairs
+
+
+def _load(source: str, energy_key: str | None, forces_key: str | None, units: str) -> Dataset:
+    from tlmc.datasets import load_dataset
+
+    return load_dataset(source, energy_key=energy_key, forces_key=forces_key, units=units)
+
+
+def _model(name: str, mapped: list[str] | None) -> Potential:
+    """Load a start model by name or a model file, with borrowed elements."""
+    from tlmc.potentials.pretrained import StartModelName, load_start_model
+    from tlmc.potentials.transfer import relabel
+    from tlmc.training.checkpoint import load_model
+
+    if Path(name).suffix == ".safetensors":
+        model, _ = load_model(name)
+    else:
+        model = load_start_model(cast(StartModelName, name))
+    return relabel(model, _pairs(mapped, "--map")) if mapped else model
+
+
+def _read_split(path: Path, data: Dataset) -> Any:
+    from tlmc.splits import Split
+
+    try:
+        split = Split.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not a split: {error}") from error
+    largest = max(int(indices.max(initial=0)) for indices in (split.train, split.validation, split.test))
+    if largest >= len(data):
+        raise ConfigError(f"{path} names frame {largest}, but {data.name} holds {len(data)}")
+    return split
+
+
+def _plain(metrics: Mapping[str, Metric]) -> dict[str, dict[str, Any]]:
+    return {name: {"value": metric.value, "unit": metric.unit} for name, metric in metrics.items()}
+
+
+def _print_metrics(title: str, columns: Mapping[str, Mapping[str, Metric]]) -> None:
+    table = Table("", *TABLE_QUANTITIES.values(), title=title)
+    for name, metrics in columns.items():
+        table.add_row(name, *(f"{metrics[quantity].value:.5f}" for quantity in TABLE_QUANTITIES))
+    out.print(table)
+
+
+def _parity(target: Path, data: Dataset, stages: Mapping[str, Stage], recipe: str) -> None:
+    import matplotlib as mpl
+
+    # no window, whatever the shell's backend is
+    mpl.use("Agg")
+    from tlmc.evaluation.comparison import START
+    from tlmc.plots import parity_grid
+
+    figure = parity_grid(data, stages[START].predictions, stages[recipe].predictions)
+    with atomic_path(target) as temporary:
+        figure.savefig(temporary, dpi=200)
+
+
+def _installation() -> dict[str, str]:
+    import torch
+
+    from tlmc.potentials.pretrained import reachable, start_models, weights_path
+    from tlmc.provenance import git_revision, package_versions
+
+    facts = package_versions()
+    facts["git revision"] = git_revision() or "not a git checkout"
+    facts["machine"] = f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts["GPUs"] = ", ".join(gpus) or "none"
+    facts["cache"] = str(cache_dir())
+    facts["data mirror"] = str(mirror_dir() or "none (TLMC_DATA_DIR)")
+    facts["reports"] = str(reports_dir())
+    for name in start_models():
+        path = weights_path(cast(Any, name))
+        state = "here" if path.is_file() else "can be fetched" if reachable(cast(Any, name)) else "not reachable"
+        facts[f"start model {name}"] = f"{state}: {path}"
+    return facts
+
+
+def _model_facts(name: str) -> dict[str, str]:
+    from tlmc.training.checkpoint import load_model
+
+    potential = _model(name, None)
+    weights = sum(part.numel() for layers in potential.networks.values() for layer in layers for part in layer)
+    borrowed = ", ".join(f"{new} <- {donor}" for new, donor in potential.element_map.items())
+    facts = {
+        "start model": potential.name,
+        "fingerprint": potential.fingerprint,
+        "members": str(potential.members),
+        "elements": ", ".join(potential.symbols),
+        "borrowed elements": borrowed or "none",
+        "weights": f"{weights:,} ({potential.dtype})",
+    }
+    if potential.reference is not None:
+        offsets = ", ".join(f"{symbol} {value:+.5f}" for symbol, value in potential.reference.offsets.items())
+        facts[f"reference energies ({potential.reference.mode})"] = f"{offsets} eV"
+    if Path(name).suffix == ".safetensors":
+        _, metadata = load_model(name)
+        facts |= {key: json.dumps(value) if isinstance(value, dict) else str(value) for key, value in metadata.items()}
+    return facts
+
+
+def _dataset_facts(data: Dataset) -> dict[str, str]:
+    import numpy as np
+
+    from tlmc.datasets import element_counts
+
+    per_atom = data.energies / data.n_atoms
+    forces = np.linalg.norm(np.concatenate(data.forces), axis=1)
+    crystals = int(data.is_crystal.sum())
+    return {
+        "name": data.name,
+        "source": data.source,
+        "hash": data.hash,
+        "level of theory": data.level_of_theory or "unknown",
+        "units of the file": data.units,
+        "frames": f"{len(data)}: {crystals} of crystals, {len(data) - crystals} of isolated molecules",
+        "atoms per frame": f"{data.n_atoms.min()} to {data.n_atoms.max()}",
+        "elements": ", ".join(f"{symbol} ({count} atoms)" for symbol, count in element_counts(data.frames).items()),
+        "energy": f"{per_atom.min():.4f} to {per_atom.max():.4f} eV/atom",
+        "force": f"median |F| {np.median(forces):.3f}, largest {forces.max():.3f} eV/A",
+        "stress": f"in {sum(stress is not None for stress in data.stresses)} frames",
+    }
+
+
+if __name__ == "__main__":
+    app()
