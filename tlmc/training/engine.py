@@ -32,6 +32,7 @@ from tlmc.potentials.network import CELU_ALPHA
 from tlmc.training.cache import DescriptorCache, Structure
 from tlmc.training.loss import LossAndSlopes
 
+
 class Batch(NamedTuple):
     """Several structures merged for the networks: atoms sorted by element over the whole batch."""
 

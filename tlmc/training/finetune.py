@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -169,7 +168,7 @@ def finetune(
         unfinished run with the same settings, that run goes on and ends with the weights it would have had anyway.
         None keeps everything in memory.
     progress
-        Show a bar; by default when somebody watches. Without it one line per epoch goes to the log.
+        Show a bar; by default at a terminal (in JupyterLab, ask for it). Without it one line per epoch goes to the log.
     tensorboard
         Also write TensorBoard events to ``run_dir/tensorboard``.
     checkpoint_seconds
@@ -506,9 +505,8 @@ def _finished(folder: Path, config: FinetuneConfig, run_id: str) -> FinetuneResu
     """Return the result of a run that had ended."""
     _LOG.info("%s holds this run, finished", folder)
     potential, _ = load_model(folder / "model.safetensors")
-    history = pd.read_csv(folder / "history.csv", float_precision="round_trip")
-    best = int(history["validation_score"].to_numpy().argmin()) + 1
-    return FinetuneResult(potential, history, best, config, run_id, folder, len(history))
+    state = _load_state(folder / "state.safetensors", run_id)
+    return FinetuneResult(potential, pd.DataFrame(state.history), state.best_epoch, config, run_id, folder, state.epoch)
 
 
 def _save_state(folder: Path, state: _State, run_id: str) -> None:
@@ -529,7 +527,7 @@ def _load_state(path: Path, run_id: str) -> _State:
 def _bar(progress: bool | None, total: int, name: str) -> tqdm[Any]:
     """Return a progress bar, silent unless somebody watches."""
     if progress is None:
-        progress = sys.stderr.isatty() or ("ipykernel" in sys.modules and "PAPERMILL_OUTPUT_PATH" not in os.environ)
+        progress = sys.stderr.isatty()
     return tqdm(total=total, desc=name, disable=not progress, leave=False)
 
 

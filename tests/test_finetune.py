@@ -1,0 +1,358 @@
+"""Fine-tuning: it learns, resumes to the same bits, honours its options and refuses what cannot work."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from ase.build import molecule
+from potential_references import toy_potential
+
+from tlmc.datasets import Dataset, load_dataset
+from tlmc.errors import ConfigError, DataError, ModelError
+from tlmc.evaluation import evaluate
+from tlmc.potentials import predict, to_torchani
+from tlmc.splits import Split, split_dataset
+from tlmc.training import finetune as module
+from tlmc.training.checkpoint import load_model
+from tlmc.training.finetune import FinetuneConfig, finetune, recipe
+from tlmc.units import HARTREE
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TLMC_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def teacher():
+    return toy_potential(seed=7, dtype=torch.float32)
+
+
+def labelled(n_frames=20, seed=0) -> Dataset:
+    """Rattled methanol in a small periodic cell, labelled by a model the student does not know."""
+    rng = np.random.default_rng(seed)
+    frames = []
+    for _ in range(n_frames):
+        frame = molecule("CH3OH", cell=[4.6, 4.8, 5.0], pbc=True)
+        frame.positions += rng.normal(scale=0.08, size=(len(frame), 3))
+        frames.append(frame)
+    labels = predict(teacher(), frames)
+    return Dataset(
+        frames=tuple(frames),
+        energies=labels.energies + 3.0 * 6,
+        forces=labels.forces,
+        stresses=(None,) * n_frames,
+        name="methanol",
+        source="memory",
+        units="eV, eV/Angstrom",
+        level_of_theory="toy",
+        frame_numbers=np.arange(n_frames),
+    )
+
+
+def student():
+    return toy_potential(seed=1, dtype=torch.float32)
+
+
+def quick(**changes) -> FinetuneConfig:
+    return recipe("short", **({"epochs": 4, "lr": 3e-3} | changes))
+
+
+def same_weights(a, b) -> bool:
+    return all(
+        torch.equal(x, y)
+        for symbol in a.symbols
+        for layer, other in zip(a.networks[symbol], b.networks[symbol], strict=True)
+        for x, y in zip(layer, other, strict=True)
+    )
+
+
+def test_it_learns_and_the_result_carries_its_reference():
+    data = labelled(40)
+    parts = split_dataset(data, seed=0)
+    result = finetune(student(), data, parts, quick(epochs=40))
+    assert result.history["train_loss"].iloc[-1] < 0.2 * result.history["train_loss"].iloc[0]
+    test = data.subset(parts.test)
+    before, after = (
+        evaluate(test, predict(student(), test.frames)),
+        evaluate(test, predict(result.potential, test.frames)),
+    )
+    assert after["force_rmse_vector"].value < 0.5 * before["force_rmse_vector"].value
+    assert after["energy_rmse_per_atom"].value < 0.1 * before["energy_rmse_per_atom"].value
+    assert result.potential.reference is not None
+
+
+def test_validation_errors_of_the_curve_are_those_of_the_result():
+    data = labelled()
+    parts = split_dataset(data, seed=0)
+    result = finetune(student(), data, parts, quick())
+    validation = data.subset(parts.validation)
+    metrics = evaluate(validation, predict(result.potential, validation.frames))
+    last = result.history.iloc[-1]
+    assert metrics["force_rmse_vector"].value == pytest.approx(last["validation_force_rmse_vector"], rel=1e-4)
+    assert metrics["energy_rmse_per_atom"].value == pytest.approx(last["validation_energy_rmse_per_atom"], rel=1e-3)
+
+
+def test_one_epoch_equals_the_thesis_loop_on_torchani():
+    """Same batches, torchani's own autograd and torch's AdamW: the same weights to rounding, decay included."""
+    data, config = labelled(12), recipe("thesis", epochs=1, seed=3, precision="float64", lr=1e-3)
+    parts = split_dataset(data, seed=0)
+    start = student().to(torch.float64)
+    result = finetune(start, data, parts, config)
+    network = to_torchani(start).double().requires_grad_(True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    offsets = result.potential.atomic_reference(data.frames)
+    order = np.random.default_rng([config.seed, 0]).permutation(parts.train)
+    for first in range(0, len(order), 2):
+        optimizer.zero_grad()
+        batch = order[first : first + 2]
+        for i in batch:
+            frame = data.frames[i]
+            positions = torch.tensor(frame.positions)[None].requires_grad_()
+            species = network.species_converter(torch.tensor(frame.numbers)[None])
+            aevs = network.aev_computer(species, positions, torch.tensor(frame.cell.array), torch.tensor(frame.pbc))
+            energy = network.neural_networks(species, aevs).sum() * HARTREE
+            forces = -torch.autograd.grad(energy, positions, create_graph=True)[0][0]
+            n = len(frame)
+            loss = 0.9 * (forces - torch.from_numpy(data.forces[i])).square().sum() / n
+            loss = loss + 0.1 * ((energy + offsets[i] - data.energies[i]) / n) ** 2
+            (loss / len(batch)).backward()
+        optimizer.step()
+    networks = network.neural_networks
+    for number, name in enumerate(("layers.0", "layers.1", "layers.2", "final_layer")):
+        for symbol in "HCO":
+            members = [m.atomics[symbol].get_submodule(name) for m in networks.members]
+            expected = torch.stack([m.weight.detach().t() for m in members])
+            torch.testing.assert_close(result.potential.networks[symbol][number].weight, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"ema_decay": 0.9},
+        {"schedule": "plateau", "plateau_patience": 0},
+        {"layers": "hidden"},
+        {"warmup_epochs": 1.5, "clip_norm": 0.1, "loss": "huber", "keep": "best"},
+    ],
+    ids=["plain", "ema", "plateau", "hidden", "all options"],
+)
+def test_interrupted_run_ends_with_the_same_weights(tmp_path, monkeypatch, changes):
+    data, config = labelled(), quick(epochs=5, **changes)
+    parts = split_dataset(data, seed=0)
+    whole = finetune(student(), data, parts, config)
+    train_epoch = module._Trainer.epoch
+
+    def stop_in_the_middle(self, state):
+        if state.epoch == 3:
+            self.engine.flat.add_(1.0)  # a step of the unfinished epoch that must not survive
+            raise KeyboardInterrupt
+        return train_epoch(self, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Trainer, "epoch", stop_in_the_middle)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(student(), data, parts, config, tmp_path / "run", checkpoint_seconds=0.0)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    resumed = finetune(student(), data, parts, config, tmp_path / "run")
+    assert resumed.resumed_from == 3
+    assert same_weights(resumed.potential, whole.potential)
+    columns = [c for c in whole.history if c != "seconds"]
+    pd.testing.assert_frame_equal(resumed.history[columns], whole.history[columns], check_exact=True)
+    stored = load_model(tmp_path / "run" / "model.safetensors")[0]
+    assert same_weights(stored, whole.potential)
+    again = finetune(student(), data, parts, config, tmp_path / "run")
+    assert same_weights(again.potential, whole.potential)
+    assert again.best_epoch == whole.best_epoch
+
+
+def test_killed_process_resumes_to_the_same_weights(tmp_path):
+    """SIGKILL, not a polite interrupt: whatever was half-written must not matter."""
+    script = textwrap.dedent("""
+        import sys, pathlib
+        sys.path.insert(0, sys.argv[1])
+        import test_finetune as t
+        data = t.labelled()
+        parts, config = t.split_dataset(data, seed=0), t.quick(epochs=150)
+        t.finetune(t.student(), data, parts, config, sys.argv[2], checkpoint_seconds=0.0)
+    """)
+    environment = os.environ | {"TLMC_CACHE_DIR": str(tmp_path / "cache")}
+    run = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-c", script, str(Path(__file__).parent), str(run)], env=environment)
+    try:
+        while not (run / "history.csv").exists():
+            assert process.poll() is None
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (run / "model.safetensors").exists()
+    data, config = labelled(), quick(epochs=150)
+    parts = split_dataset(data, seed=0)
+    resumed = finetune(student(), data, parts, config, run)
+    assert 0 < resumed.resumed_from < 150
+    assert same_weights(resumed.potential, finetune(student(), data, parts, config).potential)
+
+
+def test_seeds_decide_the_run():
+    data = labelled()
+    parts = split_dataset(data, seed=0)
+    runs = [finetune(student(), data, parts, quick(epochs=2, seed=seed)) for seed in (0, 0, 1)]
+    assert same_weights(runs[0].potential, runs[1].potential)
+    assert not same_weights(runs[0].potential, runs[2].potential)
+    assert runs[0].run_id == runs[1].run_id != runs[2].run_id
+
+
+def test_frozen_layers_stay_and_elements_without_frames_too():
+    data = labelled()
+    tuned = finetune(student(), data, split_dataset(data, seed=0), quick(epochs=1, layers="hidden")).potential
+    for number, (before, after) in enumerate(zip(student().networks["C"], tuned.networks["C"], strict=True)):
+        assert torch.equal(before.weight, after.weight) == (number in (0, 3))
+    assert torch.equal(student().networks["Cl"][1].weight, tuned.networks["Cl"][1].weight)
+
+
+def test_schedules():
+    data = labelled()
+    parts = split_dataset(data, seed=0)
+
+    def rates(**changes):
+        return finetune(student(), data, parts, quick(epochs=6, **changes)).history["lr"].tolist()
+
+    assert rates(schedule="constant") == [3e-3] * 6
+    cosine = rates(schedule="cosine")
+    assert cosine == sorted(cosine, reverse=True)
+    assert cosine[-1] < 0.05 * 3e-3
+    warm = rates(schedule="constant", warmup_epochs=3.0)
+    assert warm[:3] == pytest.approx([1e-3, 2e-3, 3e-3])
+    halved = rates(schedule="plateau", plateau_patience=0, lr=1e-7)
+    assert all(math.log2(1e-7 / rate) == pytest.approx(round(math.log2(1e-7 / rate))) for rate in halved)
+
+
+def test_early_stopping_and_best_weights():
+    data = labelled()
+    parts = split_dataset(data, seed=0)
+    config = quick(epochs=30, lr=3.0, schedule="constant", early_stopping=2, keep="best", clip_norm=1e-3)
+    result = finetune(student(), data, parts, config)
+    assert len(result.history) == result.best_epoch + 2 < 30
+    validation = data.subset(parts.validation)
+    metrics = evaluate(validation, predict(result.potential, validation.frames))
+    best = result.history.iloc[result.best_epoch - 1]
+    assert metrics["force_rmse_vector"].value == pytest.approx(best["validation_force_rmse_vector"], rel=1e-3)
+
+
+def test_run_folder_holds_everything(tmp_path):
+    data = labelled()
+    parts = split_dataset(data, seed=0)
+    result = finetune(student(), data, parts, quick(), tmp_path / "run", tensorboard=True)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {
+        "run.json",
+        "split.json",
+        "history.csv",
+        "state.safetensors",
+        "last.safetensors",
+        "best.safetensors",
+        "model.safetensors",
+        "tensorboard",
+    }
+    assert len(pd.read_csv(tmp_path / "run" / "history.csv")) == 4
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+    _, metadata = load_model(tmp_path / "run" / "model.safetensors")
+    assert metadata["data"]["hash"] == data.hash
+    assert metadata["start_model"]["fingerprint"] == "made up"
+    assert metadata["run_id"] == result.run_id
+    assert metadata["config"]["lambda_"] == 0.1
+    assert metadata["metrics"]["epoch"] == 4
+    assert (
+        Split.from_json(json.loads((tmp_path / "run" / "split.json").read_text())).train.tolist()
+        == parts.train.tolist()
+    )
+
+
+def test_headless_runs_log_a_line_per_epoch(caplog):
+    data = labelled()
+    with caplog.at_level(logging.INFO, logger="tlmc"):
+        finetune(student(), data, split_dataset(data, seed=0), quick(), progress=False)
+    lines = [record.message for record in caplog.records if "epoch" in record.message]
+    assert len(lines) == 4
+    assert "short epoch 4/4" in lines[-1]
+    assert "meV" in lines[-1]
+
+
+def test_another_run_in_the_folder_is_refused(tmp_path):
+    data = labelled()
+    parts = split_dataset(data, seed=0)
+    finetune(student(), data, parts, quick(epochs=1), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"run holds another run: config.lr \(0.003 there, 0.1 now\)"):
+        finetune(student(), data, parts, quick(epochs=1, lr=0.1), tmp_path / "run")
+    with pytest.raises(ConfigError, match="holds another run: data.hash"):
+        finetune(student(), labelled(seed=4), parts, quick(epochs=1), tmp_path / "run")
+    with pytest.raises(ConfigError, match="holds another run: start_model.weights"):
+        finetune(teacher(), data, parts, quick(epochs=1), tmp_path / "run")
+
+
+def test_bad_input_is_refused_before_work_starts(tmp_path):
+    data = labelled()
+    parts = split_dataset(data, seed=0)
+    with pytest.raises(ModelError, match=r"toy has no network for C \(1 atoms\), O \(1 atoms\) in CH4O"):
+        finetune(toy_potential(symbols=("H", "S")), data, parts, quick())
+    with pytest.raises(DataError, match="the train part of the split names frame 19, but methanol holds 10"):
+        finetune(student(), data.subset(range(10)), dataclasses.replace(parts, train=np.array([19])), quick())
+    with pytest.raises(DataError, match="the validation part of the split of methanol is empty"):
+        finetune(student(), data, dataclasses.replace(parts, validation=np.array([], dtype=np.int64)), quick())
+    with pytest.raises(ConfigError, match="tensorboard needs a run_dir"):
+        finetune(student(), data, parts, quick(), tensorboard=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_divergence_is_named():
+    data = labelled()
+    with pytest.raises(
+        ModelError, match=r"the loss became (nan|inf) in epoch \d+, step \d+: lower lr \(1e\+20\) or set clip_norm"
+    ):
+        finetune(student(), data, split_dataset(data, seed=0), quick(lr=1e20))
+
+
+def test_unknown_and_wrong_settings():
+    with pytest.raises(ConfigError, match="no recipe 'best': choose one of thesis, short, scratch, frozen"):
+        recipe("best")
+    with pytest.raises(ConfigError, match="recipe short: learning_rate = 0.1: Extra inputs are not permitted"):
+        recipe("short", learning_rate=0.1)
+    with pytest.raises(ConfigError, match="recipe short: lambda_ = 2: .*less than or equal to 1"):
+        recipe("short", lambda_=2)
+    assert recipe("thesis", lr="1e-3").lr == 1e-3  # YAML reads 1e-3 as a string
+
+
+def test_thesis_protocol_is_the_default():
+    config = FinetuneConfig()
+    assert (config.epochs, config.batch_size, config.lambda_, config.lr, config.weight_decay) == (
+        100,
+        2,
+        0.9,
+        1e-4,
+        0.1,
+    )
+    assert (config.schedule, config.plateau_patience, config.layers, config.loss) == ("plateau", 5, "all", "mse")
+
+
+@pytest.mark.needs_mirror
+def test_real_start_model_on_real_dft_improves_in_a_few_epochs(ani2x):
+    data = load_dataset("molcrys-mace/21_urea").crystals()
+    parts = split_dataset(data, seed=0)
+    result = finetune(ani2x, data, parts, recipe("short", epochs=6))
+    test = data.subset(parts.test)
+    before, after = evaluate(test, predict(ani2x, test.frames)), evaluate(test, predict(result.potential, test.frames))
+    assert before["force_rmse_vector"].value > 0.8
+    assert after["force_rmse_vector"].value < 0.15
+    assert after["energy_rmse_per_atom"].value < 0.01
