@@ -68,7 +68,11 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (TlmcError, OSError) as error:
-            err.print(f"[red]{escape(str(error))}[/red]", soft_wrap=True)
+            sentence = str(error)
+            if isinstance(error, OSError) and error.filename is not None:
+                # disk full, no permission, file not there
+                sentence = f"{error.filename}: {error.strerror}"
+            err.print(f"[red]{escape(sentence)}[/red]", soft_wrap=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt:
             err.print("[yellow]interrupted: what is finished is kept, the same command goes on from there[/yellow]")

@@ -376,7 +376,8 @@ def _shared_inputs(profile: Profile) -> dict[str, str]:
     inputs = {"code": code_hash(), "versions": json.dumps(package_versions())}
     if profile.start_model:
         log.info("start model %s", profile.start_model)
-        inputs[f"start_model {profile.start_model}"] = load_start_model(cast(StartModelName, profile.start_model)).fingerprint
+        model = load_start_model(cast(StartModelName, profile.start_model))
+        inputs[f"start_model {profile.start_model}"] = model.fingerprint
     for name in sorted({str(step.parameters["dataset"]) for step in profile.steps if "dataset" in step.parameters}):
         inputs[f"dataset {name}"] = load_dataset(name).hash
     return inputs

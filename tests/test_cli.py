@@ -1,0 +1,341 @@
+"""The command line, on a small data set of its own: what it writes, and the sentence that wrong input gets."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pandas as pd
+import pytest
+from ase.build import molecule
+from ase.calculators.singlepoint import SinglePointCalculator
+from typer.testing import CliRunner
+
+from tlmc import cli
+from tlmc.evaluation.records import read_records
+from tlmc.potentials.calculator import predict
+from tlmc.training.checkpoint import load_model
+
+N_FRAMES = 20
+OFFSET = 0.3
+"""eV/atom by which the labels are off the start model's energies."""
+
+
+@pytest.fixture
+def tlmc(monkeypatch):
+    """Return a function that runs a command and gives its exit code, standard output and error in one line each."""
+    loggers = [logging.getLogger(name) for name in ("tlmc", "papermill")]
+    saved = [(logger, logger.level, logger.handlers) for logger in loggers]
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, " ".join(result.stdout.split()), " ".join(result.stderr.split())
+
+    yield run
+    for logger, level, handlers in saved:
+        logger.setLevel(level)
+        logger.handlers = handlers
+
+
+@pytest.fixture(scope="module")
+def frames(ani2xt):
+    """Return rattled methanol, labelled with the start model's energies plus an offset and its forces plus noise."""
+    rng = np.random.default_rng(0)
+    rattled = []
+    for _ in range(N_FRAMES):
+        frame = molecule("CH3OH")
+        frame.positions += rng.normal(scale=0.05, size=frame.positions.shape)
+        rattled.append(frame)
+    labels = predict(ani2xt, rattled)
+    for frame, energy, forces in zip(rattled, labels.energies, labels.forces, strict=True):
+        noisy = forces + rng.normal(scale=0.02, size=forces.shape)
+        frame.calc = SinglePointCalculator(frame, energy=energy + OFFSET * len(frame), forces=noisy)
+    return rattled
+
+
+@pytest.fixture
+def data(frames, tmp_path, monkeypatch):
+    """Return the labelled file in a folder that is also the current one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TLMC_CACHE_DIR", str(tmp_path / "cache"))
+    path = tmp_path / "methanol.extxyz"
+    ase.io.write(path, frames)
+    return path
+
+
+@pytest.fixture
+def start(ani2xt, data):
+    """Return the start model as a file, so that a test's own cache can stay empty."""
+    from tlmc.training.checkpoint import save_model
+
+    path = data.parent / "start.safetensors"
+    save_model(ani2xt, path)
+    return path
+
+
+class TestFinetune:
+    def test_run_folder_and_record(self, tlmc, data, start, monkeypatch):
+        monkeypatch.setenv("TLMC_REPORTS_DIR", str(data.parent / "reports"))
+        code, text, _ = tlmc(
+            "-q", "finetune", data, "--start-model", start, "--epochs", 3, "--set", "batch_size=4", "--record", "mine"
+        )
+        assert code == 0
+        folder = data.parent / "reports" / "runs" / "methanol-ani2xt-short-0"
+        assert f"run: {folder}" in text
+        assert {p.name for p in folder.iterdir()} >= {
+            "model.safetensors", "history.csv", "split.json", "metrics.json", "parity.png", "run.json",
+        }  # fmt: skip
+        assert (folder / "parity.png").read_bytes().startswith(b"\x89PNG")
+        assert len(pd.read_csv(folder / "history.csv")) == 3
+        content = json.loads((folder / "metrics.json").read_text())
+        test = content["test"]
+        assert list(test) == ["start", "start, offset refitted", "short"]
+        # labels are the start model's own, off by a constant: the refit removes it, forces stay noise
+        assert test["start"]["energy_rmse_per_atom"]["value"] == pytest.approx(OFFSET, rel=1e-3)
+        assert test["start, offset refitted"]["energy_rmse_per_atom"]["value"] < 1e-4
+        assert test["start"]["force_rmse_component"]["value"] == pytest.approx(0.02, rel=0.3)
+        _, metadata = load_model(folder / "model.safetensors")
+        assert metadata["config"]["batch_size"] == 4
+        records = read_records(data.parent / "reports" / "metrics")
+        assert set(records["study"]) == {"mine"}
+        assert set(records["recipe"]) == set(test)
+        assert set(records.loc[records["recipe"] == "start", "n_train"]) == {0}
+        assert set(records.loc[records["recipe"] == "short", "n_train"]) == {content["n_train"]}
+
+        # the same command again finds the run finished; other settings in the same folder are refused
+        assert tlmc("-q", "finetune", data, "--start-model", start, "--epochs", 3, "--set", "batch_size=4")[0] == 0
+        code, _, error = tlmc("-q", "finetune", data, "--start-model", start, "--epochs", 4, "--run-dir", folder)
+        assert code == 2
+        assert "holds another run" in error
+
+    def test_an_interrupted_run_goes_on(self, data, start):
+        command = [sys.executable, "-m", "tlmc.cli", "finetune", str(data), "--start-model", str(start)]
+        command += ["--epochs", "2000", "--run-dir", "run"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 100
+        while not Path("run", "state.safetensors").is_file() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "Traceback" not in errors
+        assert "the same command goes on from there" in errors
+        assert not Path("run", "model.safetensors").exists()
+        assert Path("run", "state.safetensors").is_file()
+
+    @pytest.mark.parametrize(
+        ("arguments", "sentence"),
+        [
+            (["--set", "lambda=1"], "recipe short: lambda = 1: Extra inputs are not permitted"),
+            (["--set", "lambda_=2"], "recipe short: lambda_ = 2: Input should be less than or equal to 1"),
+            (["--set", "lambda_"], "--set takes NAME=VALUE, got 'lambda_'"),
+            (["--recipe", "long"], "there is no recipe 'long': choose one of thesis, short, scratch, frozen"),
+            (["--epochs", "0"], "epochs = 0: Input should be greater than or equal to 1"),
+            (["--map", "Si"], "--map takes NAME=VALUE, got 'Si'"),
+            (["--map", "Si=Xx"], "cannot map Si onto 'Xx'"),
+            (["--start-model", "ani3"], "unknown start model 'ani3': choose one of ani2x, ani2xt"),
+            (["--start-model", "none.safetensors"], "none.safetensors does not exist"),
+            (["--crystals-only"], "methanol"),
+            (["--units", "furlong"], "units must be one of eV"),
+            (["--energy-key", "REF_energy", "--forces-key", "REF_forces"], "REF_energy"),
+        ],
+    )
+    def test_wrong_input_gets_one_sentence(self, tlmc, data, start, arguments, sentence):
+        if "--start-model" not in arguments:
+            arguments = ["--start-model", start, *arguments]
+        code, out, error = tlmc("finetune", data, "--run-dir", "run", *arguments)
+        assert code == 2
+        assert sentence in error
+        assert "Traceback" not in error
+        assert not Path("run").exists()
+
+    def test_an_element_without_a_network_is_named(self, tlmc, data, start, frames):
+        changed = [frame.copy() for frame in frames]
+        for frame, labelled in zip(changed, frames, strict=True):
+            frame.symbols[0] = "Si"
+            frame.calc = SinglePointCalculator(frame, **labelled.calc.results)
+        ase.io.write("silicon.extxyz", changed)
+        code, _, error = tlmc("-q", "finetune", "silicon.extxyz", "--start-model", start, "--run-dir", "run")
+        assert code == 2
+        assert "has no network for Si" in error
+        code, *_ = tlmc(
+            "-q", "finetune", "silicon.extxyz", "--start-model", start, "--epochs", 1, "--map", "Si=C",
+            "--run-dir", "mapped",
+        )  # fmt: skip
+        assert code == 0
+        assert load_model("mapped/model.safetensors")[0].element_map == {"Si": "C"}
+
+
+class TestEvaluate:
+    def test_table_and_files(self, tlmc, data, start):
+        code, text, _ = tlmc("-q", "evaluate", start, data, "--output", "result")
+        assert code == 0
+        content = json.loads(Path("result", "metrics.json").read_text())
+        assert content["metrics"]["energy_rmse_per_atom"] == {
+            "value": pytest.approx(OFFSET, rel=1e-3), "unit": "eV/atom",
+        }  # fmt: skip
+        assert "energy_rmse_per_atom" in text
+        assert len(pd.read_csv("result/per_frame.csv")) == N_FRAMES
+
+    def test_refit_on_the_training_part(self, tlmc, data, start):
+        split = {"method": "blocks", "seed": 0, "train": [0, 1, 2], "validation": [3], "test": [4, 5]}
+        Path("split.json").write_text(json.dumps(split))
+        code, *_ = tlmc("-q", "evaluate", start, data, "--split", "split.json", "--refit", "--output", "result")
+        assert code == 0
+        content = json.loads(Path("result", "metrics.json").read_text())
+        assert content["metrics"]["energy_rmse_per_atom"]["value"] < 1e-4
+        assert len(pd.read_csv("result/per_frame.csv")) == 2
+
+    @pytest.mark.parametrize(
+        ("split", "sentence"),
+        [
+            ("{", "split.json is not a split"),
+            (
+                json.dumps({"method": "random", "seed": 0, "train": [0], "validation": [1], "test": [N_FRAMES]}),
+                f"split.json names frame {N_FRAMES}, but methanol holds {N_FRAMES}",
+            ),
+        ],
+    )
+    def test_a_split_of_other_data_is_refused(self, tlmc, data, start, split, sentence):
+        Path("split.json").write_text(split)
+        code, _, error = tlmc("-q", "evaluate", start, data, "--split", "split.json")
+        assert code == 2
+        assert sentence in error
+
+
+class TestFetchAndInfo:
+    def test_list_names_models_and_all_public_sets(self, tlmc):
+        code, text, _ = tlmc("fetch", "--list")
+        assert code == 0
+        for name in ("ani2x", "ani2xt", "molcrys-mace/21_urea", "molcrys-mace/squaric_acid", "naphthalene"):
+            assert name in text
+
+    def test_fetching_nothing_or_the_unknown(self, tlmc):
+        assert tlmc("fetch")[::2] == (2, "name what to fetch, or see tlmc fetch --list")
+        code, _, error = tlmc("fetch", "ani2xt", "ani3")
+        assert (code, error) == (2, "nothing to fetch under the name ani3: see tlmc fetch --list")
+
+    def test_fetching_a_start_model(self, tlmc, ani2xt):
+        code, text, _ = tlmc("-q", "fetch", "ani2xt")
+        assert code == 0
+        assert ani2xt.fingerprint[:16] in text
+
+    @pytest.mark.needs_mirror
+    def test_fetching_a_public_set_from_the_mirror(self, tlmc):
+        code, text, _ = tlmc("-q", "fetch", "molcrys-mace/21_urea")
+        assert code == 0
+        assert "180 frames" in text
+        assert os.environ["TLMC_DATA_DIR"] in text
+
+    def test_info_on_data(self, tlmc, data):
+        code, text, _ = tlmc("-q", "info", data)
+        assert code == 0
+        assert f"{N_FRAMES}: 0 of crystals, {N_FRAMES} of isolated molecules" in text
+        assert f"H ({4 * N_FRAMES} atoms), C ({N_FRAMES} atoms), O ({N_FRAMES} atoms)" in text
+
+    def test_info_on_a_model(self, tlmc, start, ani2xt):
+        code, text, _ = tlmc("-q", "info", start)
+        assert code == 0
+        # in full, however narrow the terminal is
+        assert ani2xt.fingerprint in text
+        assert "git_revision" in text
+
+    def test_info_on_the_installation(self, tlmc, tmp_path, monkeypatch):
+        monkeypatch.setenv("TLMC_CACHE_DIR", str(tmp_path / "cache"))
+        monkeypatch.setenv("TLMC_DATA_DIR", str(tmp_path))
+        monkeypatch.setattr("tlmc.potentials.pretrained.reachable", lambda name: name == "ani2xt")
+        monkeypatch.setenv("TORCHANI_DATA_DIR", str(tmp_path / "torchani"))
+        code, text, _ = tlmc("-q", "info")
+        assert code == 0
+        assert "start model ani2x not reachable" in text
+        assert "start model ani2xt can be fetched" in text
+        assert f"data mirror {tmp_path}" in text
+
+
+class TestLabel:
+    def test_labels_by_a_calculator_of_ones_own(self, tlmc, data, frames):
+        Path("mine.py").write_text("from ase.calculators.emt import EMT\n\ndef calculator():\n    return EMT()\n")
+        code, text, _ = tlmc(
+            "-q", "label", data, "-o", "out.extxyz", "--method", "mine.py:calculator", "--level-of-theory", "EMT"
+        )
+        assert code == 0
+        assert f"{N_FRAMES} frames labelled with EMT" in text
+        labelled = ase.io.read("out.extxyz", ":")
+        assert {frame.info["level_of_theory"] for frame in labelled} == {"EMT"}
+        assert np.isfinite([frame.get_potential_energy() for frame in labelled]).all()
+
+    @pytest.mark.parametrize(
+        ("arguments", "sentence"),
+        [
+            ([], "name a file of structures, or a recipe with --recipe"),
+            (["--recipe", "none"], "unknown recipe 'none'; known are naphthalene"),
+            (["methanol.extxyz", "--method", "magic"], "unknown method 'magic'"),
+            (["absent.extxyz"], "absent.extxyz"),
+            (["--recipe", "naphthalene", "--level-of-theory", "x"], "--level-of-theory goes with a --method"),
+        ],
+    )
+    def test_wrong_input_gets_one_sentence(self, tlmc, data, arguments, sentence):
+        code, _, error = tlmc("label", *arguments)
+        assert code == 2
+        assert sentence in error
+
+
+class TestStudy:
+    def test_unknown_profile_and_parameter(self, tlmc, tmp_path, monkeypatch):
+        (tmp_path / "notebooks").mkdir()
+        monkeypatch.setenv("TLMC_ROOT", str(tmp_path))
+        assert tlmc("study", "--profile", "huge")[::2] == (2, "no profile 'huge': there are smoke")
+        assert tlmc("study", "-p", "epochs")[::2] == (2, "--parameter takes NAME=VALUE, got 'epochs'")
+
+    def test_without_a_checkout(self, tlmc, tmp_path, monkeypatch):
+        monkeypatch.setenv("TLMC_ROOT", str(tmp_path))
+        code, _, error = tlmc("study")
+        assert code == 2
+        assert "holds no notebooks/ folder: set TLMC_ROOT to the checkout of tlmc" in error
+
+
+class TestCommon:
+    def test_help_names_the_environment(self, tlmc):
+        _, text, _ = tlmc("--help")
+        for name in ("TLMC_DATA_DIR", "TORCHANI_DATA_DIR", "TLMC_CACHE_DIR", "TLMC_REPORTS_DIR", "TLMC_THREADS"):
+            assert name in text
+
+    @pytest.mark.parametrize("command", ["study", "finetune", "evaluate", "fetch", "info", "label"])
+    def test_every_command_shows_examples(self, tlmc, command):
+        code, text, _ = tlmc(command, "--help")
+        assert code == 0
+        assert f"Examples tlmc {command}" in text
+
+    @pytest.mark.parametrize("value", ["0", "two", "-1"])
+    def test_threads_must_be_a_positive_number(self, tlmc, monkeypatch, value):
+        monkeypatch.setenv("TLMC_THREADS", value)
+        code, _, error = tlmc("fetch", "--list")
+        assert (code, error) == (2, f"TLMC_THREADS must be a positive integer, got {value!r}")
+
+    def test_threads_reach_torch(self):
+        code = "from tlmc.cli import app; app(['info'], standalone_mode=False)"
+        answer = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+            env=os.environ | {"TLMC_THREADS": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "2"},
+        )  # fmt: skip
+        assert " 1 threads" in answer.stdout
+
+    def test_a_full_disk_gets_one_sentence(self, tlmc, data, start, monkeypatch):
+        def full(*_args: object, **_kwargs: object) -> None:
+            raise OSError(28, "No space left on device", "run/metrics.json")
+
+        monkeypatch.setattr(cli, "write_json", full)
+        code, _, error = tlmc("-q", "evaluate", start, data, "--output", "result")
+        assert code == 2
+        assert error == "run/metrics.json: No space left on device"
