@@ -188,7 +188,7 @@ def finetune(
     if tensorboard and run_dir is None:
         raise ConfigError("tensorboard needs a run_dir to write to")
     description = _describe(model, dataset, split, config)
-    run_id = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:12]
+    run_id = _hash(description)
     folder = None if run_dir is None else Path(run_dir)
     if folder is not None:
         _claim(folder, description, split)
@@ -429,6 +429,16 @@ class _Errors:
             f"{part}_energy_rmse_per_atom": math.sqrt(self.squared_energy / self.structures),
             f"{part}_force_rmse_vector": math.sqrt(self.squared_force / self.atoms),
         }
+
+
+def run_name(model: Potential, dataset: Dataset, split: Split, config: FinetuneConfig) -> str:
+    """Return a folder name that says what a run is and changes with everything that decides its result."""
+    data = dataset.name.replace("/", "-")
+    return f"{data}-{model.name}-{config.recipe}-{config.seed}-{_hash(_describe(model, dataset, split, config))}"
+
+
+def _hash(description: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _chunks(indices: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:

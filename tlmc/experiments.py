@@ -1,0 +1,131 @@
+"""One experiment: split, fine-tune, evaluate on the test part, record. The command line and the notebooks run this."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tlmc.datasets import Dataset
+from tlmc.evaluation.comparison import Stage, before_and_after, rows_from_stages
+from tlmc.evaluation.records import append_records
+from tlmc.files import write_json
+from tlmc.paths import reports_dir
+from tlmc.potentials.model import Potential
+from tlmc.splits import Split, SplitMethod, split_dataset
+from tlmc.training.finetune import FinetuneConfig, FinetuneResult, finetune, recipe, run_name
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A fine-tuning and what it achieved."""
+
+    dataset: Dataset
+    split: Split
+    result: FinetuneResult
+    stages: dict[str, Stage]
+    """Test part: predictions and errors under ``start``, ``start, offset refitted`` and the name of the recipe."""
+    run_dir: Path
+
+    @property
+    def test(self) -> Dataset:
+        """The frames that `stages` is about."""
+        return self.dataset.subset(self.split.test)
+
+
+def run_experiment(
+    model: Potential,
+    dataset: Dataset,
+    config: FinetuneConfig,
+    *,
+    split: SplitMethod = "random",
+    study: str = "",
+    run_dir: Path | None = None,
+    progress: bool | None = None,
+    tensorboard: bool = False,
+) -> Experiment:
+    """Fine-tune on the training part, evaluate on the test part; an unfinished run goes on, a finished one is read.
+
+    Parameters
+    ----------
+    model, dataset, config
+        Start model, all frames, and settings; ``config.seed`` also draws the split.
+    split
+        How frames are parted, 70/10/20.
+    study
+        File the test errors under this name in ``metrics/summary.parquet``; empty for no record.
+    run_dir
+        Folder of the run; by default one under ``reports/runs`` with a name that changes with every setting.
+    progress, tensorboard
+        As in :func:`tlmc.training.finetune.finetune`.
+
+    Raises
+    ------
+    DataError, ModelError, ConfigError
+        As the steps raise them, before training starts.
+    """
+    parts = split_dataset(dataset, method=split, seed=config.seed)
+    folder = run_dir or reports_dir() / "runs" / run_name(model, dataset, parts, config)
+    result = finetune(model, dataset, parts, config, folder, progress=progress, tensorboard=tensorboard)
+    stages = before_and_after(model, {config.recipe: result.potential}, dataset, parts)
+    content = {
+        "run_id": result.run_id,
+        "dataset": {"name": dataset.name, "source": dataset.source, "hash": dataset.hash},
+        "start_model": {"name": model.name, "fingerprint": model.fingerprint},
+        "n_train": len(parts.train),
+        "test": {
+            name: {key: {"value": metric.value, "unit": metric.unit} for key, metric in stage.metrics.items()}
+            for name, stage in stages.items()
+        },
+    }
+    write_json(folder / "metrics.json", content)
+    if study:
+        rows = rows_from_stages(
+            stages,
+            study=study,
+            dataset=dataset.name,
+            start_model=model.name,
+            seed=config.seed,
+            n_train=len(parts.train),
+            run_id=result.run_id,
+        )
+        append_records(rows)
+    return Experiment(dataset, parts, result, stages, folder)
+
+
+def run_recipes(
+    model: Potential,
+    dataset: Dataset,
+    recipes: Sequence[str],
+    n_seeds: int,
+    *,
+    study: str = "",
+    progress: bool | None = None,
+    **changes: Any,
+) -> list[Experiment]:
+    """Run every recipe with seeds 0 to ``n_seeds - 1``, in the order recipes, then seeds.
+
+    Parameters
+    ----------
+    model, dataset
+        Start model and all frames.
+    recipes
+        Names of recipes (:data:`tlmc.training.finetune.RECIPES`).
+    n_seeds
+        Splits and trainings per recipe; a difference smaller than the spread over seeds says nothing.
+    study, progress
+        As in :func:`run_experiment`.
+    **changes
+        Settings that differ from the recipes, e.g. ``epochs=5``.
+    """
+    # all settings are checked before the first run starts
+    configs = [recipe(name, seed=seed, **changes) for name in recipes for seed in range(n_seeds)]
+    experiments = []
+    for config in configs:
+        _LOG.info("%s on %s, seed %d", config.recipe, dataset.name, config.seed)
+        experiments.append(run_experiment(model, dataset, config, study=study, progress=progress))
+    return experiments
