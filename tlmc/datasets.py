@@ -305,7 +305,10 @@ def read_frames(path: str | Path) -> list[Atoms]:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     if not size:
         raise DataError(f"{path}: is empty (0 bytes)")
-    pickled = head[:1] == b"\x80" or head.startswith((b"\x93NUMPY", b"PickleTrajectory"))
+    # a pickle starts with byte 0x80 and its protocol
+    pickled = head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or head.startswith(
+        (b"\x93NUMPY", b"PickleTrajectory")
+    )
     if pickled or path.suffix.lower() in (".pckl", ".pickle", ".pkl", ".npy", ".npz", ".pt", ".pth"):
         raise DataError(
             f"{path}: may hold Python objects (pickle), which run code when read: convert it to extxyz at its origin"
@@ -552,7 +555,9 @@ def _download(url: str, collection: str, file_name: str, sha256: str) -> Path:
     try:
         pooch.retrieve(url, known_hash=f"sha256:{sha256}", fname=file_name, path=folder, downloader=downloader)
     except requests.RequestException as error:
-        raise DataError(f"cannot download {url} ({type(error).__name__}): without a network, {place}") from error
+        status = "" if error.response is None else f" {error.response.status_code}"
+        reason = f"{type(error).__name__}{status}"
+        raise DataError(f"cannot download {url} ({reason}): check the network, or {place}") from error
     except ValueError as error:
         raise DataError(f"{url}: the download has not the registered SHA-256 {sha256} ({error}); {place}") from error
     except OSError as error:
@@ -783,7 +788,8 @@ def _impossible_energy(dataset: Dataset) -> _Problems:
 def _impossible_force(dataset: Dataset) -> _Problems:
     norms = [np.linalg.norm(forces, axis=1) for forces in dataset.forces]
     everywhere = np.concatenate([norm for norm in norms if len(norm) > 1] or [np.ones(1)])
-    if not everywhere.any():
+    # symmetry can cancel every force of one frame, not of several different ones
+    if len(dataset) > 1 and not everywhere.any():
         return [
             (k, "has forces that are all exactly 0 eV/A, as have all frames: are they labels?")
             for k, norm in enumerate(norms)
