@@ -61,11 +61,18 @@ class TestAppend:
         assert dict(zip(read["seed"], read["value"], strict=True)) == {0: 0.04, 1: 0.05}
 
     @pytest.mark.parametrize(
-        "change", [{name: 7 if name in ("seed", "n_train") else "other"} for name in COLUMNS if name != "value"]
+        "change", [{name: 7 if name in ("seed", "n_train") else "other"} for name in (*records.CELL, "quantity")]
     )
-    def test_every_column_but_the_value_is_key(self, tmp_path, change):
+    def test_evaluations_and_quantities_stand_side_by_side(self, tmp_path, change):
         append_records([row(), row(**change)], tmp_path)
         assert len(read_records(tmp_path)) == 2
+
+    def test_a_later_run_takes_the_place_of_the_whole_evaluation(self, tmp_path):
+        append_records([row(), row(quantity="force_rmse_vector_O"), row(seed=1)], tmp_path)
+        append_records([row(run_id="later", value=0.04)], tmp_path)
+        read = read_records(tmp_path)
+        assert read["run_id"].tolist() == ["later", row()["run_id"]]
+        assert read["value"].tolist() == [0.04, 0.05]
 
     def test_order_of_appending_leaves_the_same_files(self, tmp_path):
         rows = [row(seed=seed, recipe=recipe) for seed in (2, 10, 0) for recipe in ("thesis", "short")]
@@ -253,15 +260,6 @@ class TestComparison:
         table = comparison_table(recorded[recorded["quantity"] != "force_rmse_component"])
         assert table["F component (eV/A)"].isna().all()
         assert (format_comparison(table)["F component (eV/A)"] == "-").all()
-
-    def test_repeated_runs_that_agree_count_once(self, recorded):
-        again = recorded.assign(run_id="second", value=recorded["value"] * (1 + 1e-9))
-        pd.testing.assert_frame_equal(comparison_table(pd.concat([recorded, again])), comparison_table(recorded))
-
-    def test_runs_that_disagree(self, recorded):
-        other = recorded[recorded["recipe"] == "thesis"].assign(run_id="second", value=0.06)
-        with pytest.raises(DataError, match="naphthalene, recipe 'thesis', seed 0.*runs thesis, second disagree"):
-            comparison_table(pd.concat([recorded, other]))
 
     def test_another_unit(self, recorded):
         with pytest.raises(DataError, match="force_rmse_vector is recorded in meV/A, not eV/A"):

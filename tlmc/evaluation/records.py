@@ -42,8 +42,8 @@ SCHEMA: Final = pa.schema(
 a start model as it is), ``unit`` is ``"1"`` for a pure number."""
 
 COLUMNS: Final[tuple[str, ...]] = tuple(SCHEMA.names)
-KEY: Final[tuple[str, ...]] = tuple(name for name in COLUMNS if name != "value")
-"""What identifies a row: everything but its value."""
+CELL: Final = ("study", "dataset", "start_model", "recipe", "seed", "split", "n_train")
+"""What identifies an evaluation within the record: one run fills it, and a later one takes its place."""
 
 RECIPES: Final = ("scratch", "start", "start, offset refitted", "thesis", "short")
 """The order of recipes in tables; others follow by name."""
@@ -100,7 +100,10 @@ def rows_from_metrics(
 
 
 def append_records(rows: Iterable[Mapping[str, Any]] | pd.DataFrame, folder: Path | str | None = None) -> Path:
-    """Merge rows into the record; a row whose key is there already replaces the old one.
+    """Merge rows into the record; an evaluation that is there already is replaced.
+
+    Rows of one run add up. A run with other settings under the same study, recipe and seed takes the place of the old
+    run, whose numbers stay in its run folder, so that every row of a table comes from one run.
 
     Safe beside other processes that append at the same time: the whole of reading, merging and writing is done under a
     file lock, and each file is replaced by an atomic rename. All rows are checked before anything is written.
@@ -135,7 +138,9 @@ def append_records(rows: Iterable[Mapping[str, Any]] | pd.DataFrame, folder: Pat
     try:
         with FileLock(lock, timeout=_LOCK_SECONDS):
             old = _read(target).to_pylist() if target.exists() else []
-            merged = {_key(row): row for row in [*old, *checked]}
+            replaced = {_cell(row): row["run_id"] for row in checked}
+            kept = [row for row in old if replaced.get(_cell(row), row["run_id"]) == row["run_id"]]
+            merged = {(*_cell(row), row["quantity"]): row for row in [*kept, *checked]}
             ordered = [merged[key] for key in sorted(merged)]
             with atomic_path(target) as temporary:
                 pq.write_table(pa.Table.from_pylist(ordered, schema=SCHEMA), temporary)
@@ -202,8 +207,7 @@ def comparison_table(records: pd.DataFrame, split: str = "test") -> pd.DataFrame
     Raises
     ------
     DataError
-        If there is nothing to show, if a quantity has another unit than the table, or if one seed of a row has several
-        runs that disagree, of which none can be preferred.
+        If there is nothing to show, or a quantity has another unit than the table.
     """
     groups = ["study", "dataset", "start_model", "recipe", "n_train"]
     shown = records[(records["split"] == split) & records["quantity"].isin(list(_TABLE))]
@@ -213,7 +217,6 @@ def comparison_table(records: pd.DataFrame, split: str = "test") -> pd.DataFrame
         found = set(shown.loc[shown["quantity"] == quantity, "unit"]) - {unit}
         if found:
             raise DataError(f"{quantity} is recorded in {', '.join(sorted(found))}, not {unit}")
-    shown = _one_run_per_seed(shown, [*groups, "seed", "quantity"])
     values = shown.groupby([*groups, "quantity"])["value"]
     mean, spread = values.mean().unstack("quantity"), values.std().unstack("quantity")
     table = shown.groupby(groups)["seed"].nunique().rename("n_seeds").to_frame()
@@ -260,20 +263,6 @@ def format_comparison(table: pd.DataFrame) -> pd.DataFrame:
     return text
 
 
-def _one_run_per_seed(records: pd.DataFrame, key: list[str]) -> pd.DataFrame:
-    """Drop repetitions: several runs may evaluate the same start model, and then agree but for rounding."""
-    values = records.groupby(key)["value"]
-    disagree = values.transform("max") - values.transform("min") > 1e-5 * values.transform("max").abs()
-    if disagree.any():
-        row = records[disagree].iloc[0]
-        runs = records.loc[(records[key] == row[key]).all(axis=1), "run_id"]
-        raise DataError(
-            f"{row['dataset']}, recipe {row['recipe']!r}, seed {row['seed']}, {row['n_train']} training frames: "
-            f"runs {', '.join(runs)} disagree on {row['quantity']}: choose by run_id"
-        )
-    return records.drop_duplicates(key)
-
-
 def _with_spread(mean: float, spread: float, digits: int) -> str:
     if math.isnan(mean):
         return "-"
@@ -284,8 +273,8 @@ def _folder(folder: Path | str | None) -> Path:
     return reports_dir() / "metrics" if folder is None else Path(folder)
 
 
-def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in KEY)
+def _cell(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in CELL)
 
 
 def _checked(row: Mapping[str, Any]) -> dict[str, Any]:
