@@ -146,6 +146,11 @@ class Dataset:
         return np.array([_is_crystal(frame) for frame in self.frames], dtype=np.bool_)
 
     @cached_property
+    def duplicates(self) -> NDArray[np.int64]:
+        """For each frame the first one with its geometry (`duplicate_groups`), itself if unique, ``(n_frames,)``."""
+        return duplicate_groups(self.frames)
+
+    @cached_property
     def elements(self) -> tuple[str, ...]:
         """Chemical symbols that occur, by atomic number."""
         return tuple(element_counts(self.frames))
@@ -751,7 +756,7 @@ def _no_cell(dataset: Dataset) -> _Problems:
 def _overlapping(dataset: Dataset) -> _Problems:
     problems: _Problems = []
     for k, frame in enumerate(dataset.frames):
-        i, j, shift, distance = _contacts(frame)
+        i, j, shift, distance = _contacts(frame, 2 * _OVERLAP * covalent_radii[frame.numbers].max())
         ratio = distance / (covalent_radii[frame.numbers[i]] + covalent_radii[frame.numbers[j]])
         if ratio.size and ratio.min() < _OVERLAP:
             worst = int(ratio.argmin())
@@ -861,7 +866,7 @@ def _forces_without_work(dataset: Dataset) -> _Problems:
 
 
 def _check_duplicates(dataset: Dataset) -> None:
-    groups = duplicate_groups(dataset.frames)
+    groups = dataset.duplicates
     copies = np.flatnonzero(groups != np.arange(len(groups)))
     if not len(copies):
         return
@@ -893,9 +898,9 @@ class _Contacts(NamedTuple):
     distance: NDArray[np.float64]
 
 
-def _contacts(frame: Atoms) -> _Contacts:
-    """Find all pairs of atoms closer than 6 Angstrom."""
-    search = NeighborList(cutoff=_CONTACT, full_list=False)
+def _contacts(frame: Atoms, cutoff: float = _CONTACT) -> _Contacts:
+    """Find all pairs of atoms closer than `cutoff` Angstrom."""
+    search = NeighborList(cutoff=cutoff, full_list=False)
     first, second, shift, distance = search.compute(frame.positions, _box(frame), frame.pbc, "ijSd")
     return _Contacts(first.astype(np.int64), second.astype(np.int64), shift.astype(np.int64), distance)
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from tlmc.datasets import Dataset, duplicate_groups
+from tlmc.datasets import Dataset
 from tlmc.errors import ConfigError, DataError
 
 SplitMethod = Literal["random", "blocks", "energy_groups"]
@@ -89,7 +89,7 @@ def split_dataset(
     - ``"energy_groups"``: like ``"random"``, but every part gets its share, up to one frame, of each group that
       `energy_groups` finds (candidate crystals come in groups; thesis, chapter 4).
 
-    Frames of one geometry (`duplicate_groups`) go to one part together: a copy of a training frame in the test set
+    Frames of one geometry (`Dataset.duplicates`) go to one part together: a copy of a training frame in the test set
     measures memory. Sizes follow from the fractions by largest remainder; they are exact unless a set of copies is
     larger than the part it must fit in or, with ``"blocks"``, lies across a boundary.
 
@@ -131,20 +131,20 @@ def split_dataset(
         )
     rng = np.random.default_rng(seed)
     copies: defaultdict[int, list[int]] = defaultdict(list)
-    for k, first in enumerate(duplicate_groups(dataset.frames).tolist()):
+    for k, first in enumerate(dataset.duplicates.tolist()):
         copies[first].append(k)
     units = [np.array(members) for members in copies.values()]
+    if len(units) < 3:
+        raise DataError(
+            f"{dataset.source}: {len(dataset)} frames are fewer than the split needs: only {len(units)} differ, and "
+            "copies of one geometry cannot be in different parts"
+        )
     if method == "blocks":
         part = _blocks(units, sizes, rng)
     else:
         groups = energy_groups(dataset) if method == "energy_groups" else np.zeros(len(dataset), dtype=np.int64)
         part = _draw(units, sizes, groups, rng)
     train, validation, test = (np.flatnonzero(part == p).astype(np.int64) for p in range(3))
-    if not (len(train) and len(validation) and len(test)):
-        raise DataError(
-            f"{dataset.source}: {len(dataset)} frames are fewer than the split needs: only {len(units)} geometries "
-            f"differ, which gives {_sizes(np.bincount(part, minlength=3))}"
-        )
     return Split(train, validation, test, method, int(seed))
 
 
@@ -213,6 +213,9 @@ def _blocks(units: list[NDArray[np.int64]], sizes: NDArray[np.int64], rng: np.ra
     order = rng.permutation(3)
     seen = np.cumsum([0, *map(len, units)])
     inner = [int(np.abs(seen - goal).argmin()) for goal in np.cumsum(sizes[order])[:2]]
+    # however many copies a frame has, each part keeps one unit if there are three
+    inner[0] = max(1, min(inner[0], len(units) - 2))
+    inner[1] = max(inner[0] + 1, min(inner[1], len(units) - 1))
     edges = [0, *inner, len(units)]
     for p, start, end in zip(order, edges[:-1], edges[1:], strict=True):
         for unit in units[start:end]:
@@ -243,4 +246,8 @@ def _draw(
         p = int(behind.argmax())
         part[k] = p
         given[p] += 1
+    # a part too small for any set of copies still gets one: the smallest of the part that has most
+    for empty in np.flatnonzero(np.bincount(part, minlength=3) == 0):
+        donor = np.bincount([part[unit[0]] for unit in shuffled], minlength=3).argmax()
+        part[min((unit for unit in shuffled if part[unit[0]] == donor), key=len)] = empty
     return part
