@@ -7,6 +7,7 @@ import logging
 import pickle
 import shutil
 import sqlite3
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -723,6 +724,13 @@ def test_the_hash_of_a_frame_sees_geometry_only(frames: list[Atoms]) -> None:
         else:
             other.pbc = (True, True, False)
         assert frame_hash(other) != frame_hash(copy), change
+
+
+def test_the_hash_of_a_frame_is_the_same_on_every_machine() -> None:
+    """Caches are keyed by it: little-endian numbers, periodicity, cell, positions, whatever the platform."""
+    frame = Atoms("HO", positions=[[0, -0.0, 0], [0, 0, 1.5]], cell=[4, 5, 6], pbc=(True, False, True))
+    content = struct.pack("<2q3B9d6d", 1, 8, 1, 0, 1, 4, 0, 0, 0, 5, 0, 0, 0, 6, 0, 0, 0, 0, 0, 1.5)
+    assert frame_hash(frame) == hashlib.sha256(content).hexdigest()
 
 
 def test_the_hash_of_a_data_set_sees_labels_and_order_but_not_the_file(tmp_path: Path, frames: list[Atoms]) -> None:
