@@ -52,10 +52,8 @@ bench: $(STAMP) ## time a training step against the loop of the thesis
 notebooks: $(STAMP) ## run the notebooks (smoke profile) and store the outputs that `make test` compares with
 	reports=$$(mktemp -d) && trap 'rm -rf "$$reports"' EXIT && \
 	if [ -d reports/metrics ]; then cp -r reports/metrics "$$reports"; fi && \
-	TLMC_REPORTS_DIR="$$reports" $(PY) -m nbconvert --to notebook --execute --inplace \
-		--ExecutePreprocessor.kernel_name=python3 --ExecutePreprocessor.timeout=600 \
-		--ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False notebooks/[0-9]*.ipynb
-	$(MAKE) strip
+	$(PY) -m tlmc.cli study --profile smoke --output "$$reports" && cp "$$reports"/executed/smoke/*.ipynb notebooks
+	$(MAKE) --no-print-directory strip
 
 strip: $(STAMP) ## drop run metadata and widget state from the notebooks; outputs and execution counts stay
 	$(PY) -m nbstripout --keep-output --keep-count --extra-keys "metadata.papermill metadata.widgets \
@@ -81,7 +79,8 @@ $(PY):
 # torch is named with its version: unnamed, pip may take a newer build with CUDA. The stamp is written last, so a broken
 # installation is repeated; it is newer than the pins, so a second call is quick and changed pins are installed.
 $(STAMP): $(PY) constraints.txt pyproject.toml
-	$(PY) -m pip install --quiet --disable-pip-version-check pip==$(PIP_VERSION)
-	$(PY) -m pip install --disable-pip-version-check --progress-bar off $(PIP_FLAGS) -c constraints.txt \
+	@echo "installing the pinned packages into .venv; the first time this takes a few minutes"
+	@$(PY) -m pip install --quiet --disable-pip-version-check pip==$(PIP_VERSION)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS) \
 		"$$(grep '^torch==' constraints.txt)" -e '.[test]'
 	@touch $@

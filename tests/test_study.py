@@ -45,7 +45,8 @@ def root(tmp_path, monkeypatch):
         tmp_path / "notebooks",
         "01_first",
         'profile_name = "smoke"\nlr = 0.1\nsteps = 3\nfast = True',
-        "import os, sys\nprint('kernel', sys.executable, profile_name, lr, steps, fast)",
+        "import logging, os, sys\nprint('kernel', sys.executable, profile_name, lr, steps, fast)\n"
+        "logging.getLogger('tlmc.training.finetune').info('epoch 1/2')",
         answer="lr * steps",
     )
     write_notebook(tmp_path / "notebooks", "02_second", "seed = 0", answer="seed")
@@ -178,6 +179,7 @@ class TestRun:
         text = executed_text(root, "01_first")
         assert f"kernel {sys.executable} quick 0.001 2 True" in text
         assert "start-up" not in text
+        assert "epoch 1/2\n" in text
         assert os.environ["JUPYTER_PATH"] == str(user)
         page = index.read_text()
         assert "<h1>Start model: none</h1>" in page
@@ -288,7 +290,8 @@ class TestReport:
         assert "answer</th><td>0.002</td>" in page
         for name, version in study.package_versions().items():
             assert f"{name} {version}" in page
-        assert study.git_revision() in page
+        recorded = json.loads((root / "out" / "metrics" / "01.json").read_text())
+        assert recorded["git_revision"] in page
 
     def test_what_has_not_run_is_said(self, root):
         page = study.run_study("quick", ["02"]).read_text()

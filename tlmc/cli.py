@@ -49,11 +49,9 @@ TLMC_THREADS: threads that a command and the notebooks it runs may use (default:
 """
 
 TABLE_QUANTITIES = {
-    "force_rmse_vector": "F vector (eV/A)",
-    "force_rmse_component": "F component (eV/A)",
-    "force_mae_component": "F MAE component (eV/A)",
-    "energy_rmse_per_atom": "E (eV/atom)",
-    "energy_mae_per_atom": "E MAE (eV/atom)",
+    "force_rmse_vector": ("F vector (eV/A)", 1.0),
+    "force_rmse_component": ("F component (eV/A)", 1.0),
+    "energy_rmse_per_atom": ("E (meV/atom)", 1000.0),
 }
 _UNITS_HELP = "Units of the labels: eV, Hartree/Bohr, Hartree/Angstrom or kcal/mol."
 
@@ -104,7 +102,11 @@ def _main(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Everything, debugging messages too.")] = False,
 ) -> None:
     level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
-    handler = RichHandler(console=err, show_path=False, show_level=False, log_time_format="[%X]")
+    handler: logging.Handler = RichHandler(console=err, show_path=False, show_level=False, log_time_format="[%X]")
+    if not err.is_terminal:
+        # rich would break the lines of a log file
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     if not verbose:
         # papermill announces every cell twice
         handler.addFilter(lambda record: not record.getMessage().startswith(("Executing Cell", "Ending Cell")))
@@ -177,7 +179,7 @@ def finetune(
     forces_key: ForcesKey = None,
     units: Units = "eV",
     run_dir: Annotated[
-        Path | None, typer.Option(help="Default: <reports>/runs/<data>-<model>-<recipe>-<seed>.")
+        Path | None, typer.Option(help="Default: a folder under <reports>/runs, named after data, model and settings.")
     ] = None,
     study_name: Annotated[
         str | None, typer.Option("--record", metavar="STUDY", help="Add the test errors to metrics/summary.parquet.")
@@ -197,10 +199,7 @@ def finetune(
 
     tlmc finetune my.extxyz --map Si=C --energy-key REF_energy --forces-key REF_forces --set keep=best
     """
-    from tlmc.evaluation.comparison import before_and_after, rows_from_stages
-    from tlmc.evaluation.records import append_records
-    from tlmc.splits import split_dataset
-    from tlmc.training.finetune import finetune as train
+    from tlmc.experiments import run_experiment
     from tlmc.training.finetune import recipe as named_recipe
 
     changes = {key: yaml.safe_load(value) for key, value in _pairs(setting, "--set").items()}
@@ -210,33 +209,13 @@ def finetune(
     if crystals_only:
         data = data.crystals()
     model = _model(start_model, mapped)
-    parts = split_dataset(data, method=split, seed=seed)
-    folder = run_dir or reports_dir() / "runs" / f"{data.name.replace('/', '-')}-{model.name}-{recipe}-{seed}"
-    result = train(model, data, parts, config, folder, tensorboard=tensorboard)
-    stages = before_and_after(model, {recipe: result.potential}, data, parts)
-    content = {
-        "run_id": result.run_id,
-        "dataset": {"name": data.name, "source": data.source, "hash": data.hash},
-        "start_model": {"name": model.name, "fingerprint": model.fingerprint},
-        "n_train": len(parts.train),
-        "test": {name: _plain(stage.metrics) for name, stage in stages.items()},
-    }
-    write_json(folder / "metrics.json", content)
-    _parity(folder / "parity.png", data.subset(parts.test), stages, recipe)
-    if study_name is not None:
-        rows = rows_from_stages(
-            stages,
-            study=study_name,
-            dataset=data.name,
-            start_model=model.name,
-            seed=seed,
-            n_train=len(parts.train),
-            run_id=result.run_id,
-        )
-        append_records(rows)
-    title = f"{data.name}: errors on {len(parts.test)} test frames after training on {len(parts.train)}"
-    _print_metrics(title, {name: stage.metrics for name, stage in stages.items()})
-    out.print(f"run: {folder}", soft_wrap=True)
+    experiment = run_experiment(
+        model, data, config, split=split, study=study_name or "", run_dir=run_dir, tensorboard=tensorboard
+    )
+    _parity(experiment.run_dir / "parity.png", experiment.test, experiment.stages, recipe)
+    title = f"{data.name}: errors on {len(experiment.test)} test frames, trained on {len(experiment.split.train)}"
+    _print_metrics(title, {name: stage.metrics for name, stage in experiment.stages.items()})
+    out.print(f"run: {experiment.run_dir}", soft_wrap=True)
 
 
 @app.command()
@@ -468,9 +447,11 @@ def _plain(metrics: Mapping[str, Metric]) -> dict[str, dict[str, Any]]:
 
 
 def _print_metrics(title: str, columns: Mapping[str, Mapping[str, Metric]]) -> None:
-    table = Table("", *TABLE_QUANTITIES.values(), title=title)
+    headings = [Column(heading, justify="right") for heading, _ in TABLE_QUANTITIES.values()]
+    table = Table("RMSE", *headings, title=title)
     for name, metrics in columns.items():
-        table.add_row(name, *(f"{metrics[quantity].value:.5f}" for quantity in TABLE_QUANTITIES))
+        values = (metrics[quantity].value * factor for quantity, (_, factor) in TABLE_QUANTITIES.items())
+        table.add_row(name, *(f"{value:.4f}" for value in values))
     out.print(table)
 
 

@@ -48,6 +48,14 @@ START_TIMEOUT = 300
 EXECUTION_TIMEOUT = 7200
 """Seconds a cell may take."""
 
+# run by every kernel: nobody watches a progress bar, so training says a line per epoch
+_STARTUP = """
+import logging
+logging.getLogger("tlmc.training").setLevel(logging.INFO)
+logging.getLogger("tlmc.training").addHandler(logging.StreamHandler())
+del logging
+"""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -414,6 +422,9 @@ def _kernel_environment(reports: Path) -> Iterator[None]:
 
     with tempfile.TemporaryDirectory(prefix="tlmc-jupyter-") as folder:
         write_kernel_spec(str(Path(folder, "kernels", "python3")))
+        startup = Path(folder, "ipython", "profile_default", "startup")
+        startup.mkdir(parents=True)
+        (startup / "00_log.py").write_text(_STARTUP, encoding="utf-8")
         changes = {
             "TLMC_REPORTS_DIR": str(reports),
             "JUPYTER_PATH": os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH")])),
