@@ -25,9 +25,8 @@ from tlmc.errors import ConfigError, DataError, ModelError
 from tlmc.evaluation import evaluate
 from tlmc.potentials import predict, to_torchani
 from tlmc.splits import Split, split_dataset
-from tlmc.training import finetune as module
 from tlmc.training.checkpoint import load_model
-from tlmc.training.finetune import FinetuneConfig, finetune, recipe
+from tlmc.training.finetune import FinetuneConfig, _Trainer, finetune, recipe
 from tlmc.units import HARTREE
 
 
@@ -153,7 +152,7 @@ def test_interrupted_run_ends_with_the_same_weights(tmp_path, monkeypatch, chang
     data, config = labelled(), quick(epochs=5, **changes)
     parts = split_dataset(data, seed=0)
     whole = finetune(student(), data, parts, config)
-    train_epoch = module._Trainer.epoch
+    train_epoch = _Trainer.epoch
 
     def stop_in_the_middle(self, state):
         if state.epoch == 3:
@@ -162,7 +161,7 @@ def test_interrupted_run_ends_with_the_same_weights(tmp_path, monkeypatch, chang
         return train_epoch(self, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Trainer, "epoch", stop_in_the_middle)
+        patch.setattr(_Trainer, "epoch", stop_in_the_middle)
         with pytest.raises(KeyboardInterrupt):
             finetune(student(), data, parts, config, tmp_path / "run", checkpoint_seconds=0.0)
     assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -1,9 +1,56 @@
-"""Transfer learning of interatomic potentials, from molecules to crystals."""
+"""Transfer learning of interatomic potentials, from molecules to crystals.
+
+The table of contents: every public name can be imported from here, and is loaded with its module when first used.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
+from typing import Any
 
 # OpenMP threads that spin while they wait make a training on a shared machine up to ten times slower; the runtime reads
 # this once, when torch is imported, and a value that the user has set stays
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+_CONTENTS = {
+    "tlmc.datasets": ("Dataset", "available", "dataset_from_frames", "load_dataset"),
+    "tlmc.splits": ("Split", "split_dataset"),
+    "tlmc.reference": ("ReferenceEnergies", "fit_reference"),
+    "tlmc.potentials": (
+        "Potential",
+        "TlmcCalculator",
+        "export_state_dict",
+        "load_start_model",
+        "predict",
+        "relabel",
+        "scratch",
+        "start_models",
+        "to_torchani",
+    ),
+    "tlmc.training": (
+        "FinetuneConfig",
+        "FinetuneResult",
+        "RECIPES",
+        "build_cache",
+        "finetune",
+        "load_model",
+        "recipe",
+        "save_model",
+    ),
+    "tlmc.evaluation": ("append_records", "comparison_table", "evaluate", "per_frame", "read_records"),
+    "tlmc.experiments": ("Experiment", "run_experiment", "run_recipes"),
+    "tlmc.study": ("run_study",),
+}
+_MODULE_OF = {name: module for module, names in _CONTENTS.items() for name in names}
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'tlmc' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
