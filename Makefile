@@ -29,7 +29,7 @@ help: ## list the targets
 
 install: $(STAMP) ## make .venv and install the pinned set (the other targets do this first)
 
-study: $(STAMP) ## run the notebooks of a profile and leave reports/index.html (about 15 minutes on 2 cores)
+study: $(STAMP) ## run the notebooks of a profile and leave reports/index.html
 	$(PY) -m tlmc.cli study --profile $(PROFILE) $(STUDY_FLAGS)
 
 test: lint test-python test-notebooks ## lint, the test suite, and every notebook against its stored outputs
