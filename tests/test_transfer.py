@@ -10,7 +10,7 @@ from ase.build import molecule
 from potential_references import toy_potential
 
 from tlmc.errors import ConfigError, ModelError
-from tlmc.potentials import THESIS_DONORS, predict, relabel, scratch, trainable_layers
+from tlmc.potentials import THESIS_DONORS, parse_element_map, predict, relabel, scratch, trainable_layers
 from tlmc.reference import ReferenceEnergies
 
 
@@ -118,3 +118,17 @@ def test_scratch_is_reproducible_in_both_precisions_and_leaves_the_global_genera
     # the first numbers of the generator, so that another machine or torch cannot draw others unnoticed
     expected = torch.tensor([-0.031128955419003207, -0.07130302768401124, -0.0729068152895376], dtype=torch.float64)
     torch.testing.assert_close(first.networks["H"][0].weight[0, 0, :3], expected, rtol=0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "mapping"),
+    [("", {}), ("Si=C", {"Si": "C"}), (" Si = C ,I=Cl,", {"Si": "C", "I": "Cl"})],
+)
+def test_parse_element_map(text, mapping):
+    assert parse_element_map(text) == mapping
+
+
+@pytest.mark.parametrize("text", ["Si", "Si=", "=C", "Si:C", "Si=C, Si=N"])
+def test_a_bad_element_map_is_quoted(text):
+    with pytest.raises(ConfigError, match=f"reads 'Si=C, I=Cl', each new element once; got .* in '{text}'"):
+        parse_element_map(text)

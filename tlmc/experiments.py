@@ -103,11 +103,12 @@ def run_recipes(
     recipes: Sequence[str],
     n_seeds: int,
     *,
+    first_seed: int = 0,
     study: str = "",
     progress: bool | None = None,
     **changes: Any,
 ) -> list[Experiment]:
-    """Run every recipe with seeds 0 to ``n_seeds - 1``, in the order recipes, then seeds.
+    """Run every recipe with ``n_seeds`` seeds from ``first_seed`` on, in the order recipes, then seeds.
 
     Parameters
     ----------
@@ -117,13 +118,16 @@ def run_recipes(
         Names of recipes (:data:`tlmc.training.finetune.RECIPES`).
     n_seeds
         Splits and trainings per recipe; a difference smaller than the spread over seeds says nothing.
+    first_seed
+        Of the first of them.
     study, progress
         As in :func:`run_experiment`.
     **changes
         Settings that differ from the recipes, e.g. ``epochs=5``.
     """
     # all settings are checked before the first run starts
-    configs = [recipe(name, seed=seed, **changes) for name in recipes for seed in range(n_seeds)]
+    seeds = range(first_seed, first_seed + n_seeds)
+    configs = [recipe(name, seed=seed, **changes) for name in recipes for seed in seeds]
     experiments = []
     for config in configs:
         _LOG.info("%s on %s, seed %d", config.recipe, dataset.name, config.seed)

@@ -6,7 +6,7 @@ from tlmc.potentials.calculator import Predictions, TlmcCalculator, energy_sprea
 from tlmc.potentials.export import export_state_dict, to_torchani
 from tlmc.potentials.model import Layer, Potential
 from tlmc.potentials.pretrained import load_start_model, reachable, start_models, weights_path
-from tlmc.potentials.transfer import THESIS_DONORS, relabel, scratch, trainable_layers
+from tlmc.potentials.transfer import THESIS_DONORS, parse_element_map, relabel, scratch, trainable_layers
 
 __all__ = [
     "THESIS_DONORS",
@@ -18,6 +18,7 @@ __all__ = [
     "export_state_dict",
     "load_start_model",
     "member_energies",
+    "parse_element_map",
     "predict",
     "reachable",
     "relabel",

@@ -55,6 +55,23 @@ def relabel(model: Potential, mapping: Mapping[str, str]) -> Potential:
     return dataclasses.replace(model, element_map={**model.element_map, **mapping})
 
 
+def parse_element_map(text: str) -> dict[str, str]:
+    """Read a mapping for `relabel` from one line of text, ``"Si=C, I=Cl"``; an empty line maps nothing.
+
+    Raises
+    ------
+    ConfigError
+        If a part is not ``NEW=DONOR``, or an element is named twice.
+    """
+    mapping: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        new, separator, donor = (side.strip() for side in part.partition("="))
+        if not (separator and new and donor) or new in mapping:
+            raise ConfigError(f"an element map reads 'Si=C, I=Cl', each new element once; got {part!r} in {text!r}")
+        mapping[new] = donor
+    return mapping
+
+
 def trainable_layers(scheme: LayerScheme, n_layers: int) -> tuple[bool, ...]:
     """Return which layers of every network train, first to last.
 
