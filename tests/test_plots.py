@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import subprocess
+import sys
 
 import labelled
 import matplotlib as mpl
@@ -9,12 +12,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from ase.build import molecule
 from matplotlib.axes import Axes
 
-from tlmc import plots
+from tlmc import analysis, plots
 from tlmc.datasets import load_dataset
+from tlmc.descriptors.aev import AEVParameters, aev, neighbours
 from tlmc.errors import ConfigError, DataError
 from tlmc.evaluation.metrics import evaluate, per_frame
+from tlmc.splits import Split
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +70,10 @@ CALLS = {
     "force_histogram": lambda labels, predicted, ax: plots.force_histogram(labels, ax),
     "density_landscape": lambda labels, predicted, ax: plots.density_landscape(labels, ax),
     "outliers": lambda labels, predicted, ax: plots.outliers(labels, ax),
+    "force_outliers": lambda labels, predicted, ax: plots.force_outliers(labels, ax),
+    "neighbour_distances": lambda labels, predicted, ax: plots.neighbour_distances(
+        analysis.nearest_neighbours(labels), ax
+    ),
     "error_by_element": lambda labels, predicted, ax: plots.error_by_element(
         {"before": evaluate(labels, predicted)}, ax
     ),
@@ -97,6 +108,17 @@ class TestEveryFunction:
         # and the style holds when the figure is drawn later, outside it
         ax.figure.canvas.draw()
         assert {tick.label1.get_fontsize() for tick in ax.yaxis.get_major_ticks()} == {7.0}
+
+
+def test_figures_after_the_first_are_shown_too(tmp_path):
+    # a notebook's backend turns interactive mode on when it is loaded, which is when the first figure opens
+    (tmp_path / "eager.py").write_text(
+        "import matplotlib\nfrom matplotlib.backends.backend_agg import *\nmatplotlib.interactive(True)\n"
+    )
+    code = "import matplotlib; from tlmc import plots; plots.subplots(); print(matplotlib.is_interactive())"
+    environment = os.environ | {"MPLBACKEND": "module://eager", "PYTHONPATH": str(tmp_path)}
+    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert answer.stdout == "True\n"
 
 
 class TestParity:
@@ -352,6 +374,68 @@ class TestOutliers:
             plots.outliers(per_frame(*pair), column="force")
 
 
+class TestForceOutliers:
+    def test_marks_what_the_analysis_finds(self, pair):
+        labels = pair[0]
+        found = analysis.outliers(labels, n_sd=2).query("quantity == 'force'")
+        assert len(found) > found["frame"].nunique() > 1
+        ax = plots.force_outliers(labels, n_sd=2)
+        points, marked = (collection.get_offsets() for collection in ax.collections)
+        assert len(points) + len(marked) == labels.n_atoms.sum()
+        np.testing.assert_allclose(np.sort(marked[:, 1]), np.sort(found["value"]))
+        assert {text.get_text() for text in ax.texts} == set(found["frame"].astype(str))
+        assert ax.lines[1].get_ydata()[0] == pytest.approx(found["threshold"].iloc[0])
+
+    def test_names_the_worst_only(self, pair):
+        worst = analysis.outliers(pair[0], n_sd=2).query("quantity == 'force'")["frame"].iloc[0]
+        assert texts(plots.force_outliers(pair[0], n_sd=2, n_named=1)) == str(worst)
+
+    def test_frames_are_those_of_the_file(self, pair):
+        ax = plots.force_outliers(pair[0].subset([3, 19]), n_sd=50)
+        assert set(ax.collections[0].get_offsets()[:, 0]) == {3, 19}
+        assert texts(ax) == ""
+
+
+class TestNeighbourDistances:
+    def test_water(self):
+        table = analysis.nearest_neighbours(labelled.random_set(n_frames=2, formulas=("H2O",))[0])
+        ax = plots.neighbour_distances(table)
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["H to H", "H to O", "O to H", "O to O"]
+        drawn = {line.get_label(): line.get_xdata() for line in ax.lines}
+        np.testing.assert_allclose(drawn["shortest"], table["shortest"])
+        np.testing.assert_allclose(drawn["sum of covalent radii"], [0.62, 0.97, 0.97, 1.32])
+
+    def test_grows_with_the_pairs(self, pair):
+        table = analysis.nearest_neighbours(pair[0])
+        few, many = (plots.neighbour_distances(part).figure.get_figheight() for part in (table[:2], table))
+        assert few < many
+
+    def test_bad_tables(self, pair):
+        table = analysis.nearest_neighbours(pair[0])
+        with pytest.raises(DataError, match="got 0 rows of element"):
+            plots.neighbour_distances(table[:0])
+        with pytest.raises(DataError, match="neighbour distances need columns element, neighbour, shortest"):
+            plots.neighbour_distances(table.drop(columns="sd"))
+
+
+class TestSplitCoverage:
+    def test_every_frame_and_force_is_in_its_part(self, pair):
+        labels = pair[0]
+        split = Split(np.arange(14), np.arange(14, 16), np.arange(16, 20), "blocks", 0)
+        left, right = plots.split_coverage(labels, split).axes
+        parts = (split.train, split.validation, split.test)
+        energies = 1000 * analysis.relative_energies(labels)
+        for place, (part, points, curve) in enumerate(zip(parts, left.collections, right.lines[::2], strict=True)):
+            offsets = points.get_offsets()
+            np.testing.assert_allclose(offsets[:, 0], energies[part])
+            assert set(offsets[:, 1].round()) == {place}
+            x, y = curve.get_data()
+            assert x[-1] == pytest.approx(max(np.linalg.norm(labels.forces[k], axis=1).max() for k in part))
+            assert (y[0], y[-1]) == pytest.approx((1, 1 / labels.n_atoms[part].sum()))
+        assert [label.get_text() for label in left.get_yticklabels()] == ["train\n(14)", "validation\n(2)", "test\n(4)"]
+        assert legend(right) == ["train", "validation", "test"]
+
+
 class TestElements:
     def test_bars(self, pair):
         metrics = evaluate(*pair)
@@ -364,6 +448,99 @@ class TestElements:
     def test_no_elements(self):
         with pytest.raises(DataError, match="no force_rmse_vector_<element> in the metrics of before"):
             plots.error_by_element({"before": {}})
+
+
+class TestValidationCurves:
+    def test_a_line_per_run_and_a_colour_per_name(self):
+        runs = {"short": [history(), history(10)], "thesis": [history(20)]}
+        ax = plots.validation_curves(runs)
+        assert legend(ax) == ["short", "thesis"]
+        assert [len(line.get_xdata()) for line in ax.lines] == [30, 10, 20]
+        colours = [line.get_color() for line in ax.lines]
+        assert colours[0] == colours[1] != colours[2]
+        assert (ax.get_yscale(), ax.get_ylabel()) == ("log", "force RMSE of validation, vector (eV/Å)")
+
+    def test_energies_are_in_mev(self):
+        ax = plots.validation_curves({"short": [history()]}, quantity="energy_rmse_per_atom")
+        np.testing.assert_allclose(ax.lines[0].get_ydata(), 20 / np.arange(1, 31))
+
+    def test_a_training_that_diverged(self):
+        table = history(20)
+        table["validation_force_rmse_vector"] = np.nan
+        plots.validation_curves({"short": [table]}).figure.canvas.draw()
+
+    def test_missing_columns(self):
+        with pytest.raises(DataError, match="curves of short need columns epoch and validation_force_rmse_vector, got"):
+            plots.validation_curves({"short": [history()[["epoch", "lr"]]]})
+        with pytest.raises(DataError, match="at least one run, got none"):
+            plots.validation_curves({})
+
+
+class TestErrorAgainstForce:
+    def test_points_are_the_frames(self, pair):
+        table = per_frame(*pair)
+        ax = plots.error_against_force({"start": table, "short": table[:5]})
+        assert legend(ax) == ["start", "short"]
+        drawn, few = (collection.get_offsets() for collection in ax.collections)
+        np.testing.assert_allclose(drawn, table[["force_rms", "force_rmse_vector"]])
+        assert len(few) == 5
+        np.testing.assert_array_equal(ax.lines[0].get_xdata(), ax.lines[0].get_ydata())
+        assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+
+    def test_bad_tables(self, pair):
+        with pytest.raises(DataError, match="short: errors against forces need columns force_rms"):
+            plots.error_against_force({"short": per_frame(*pair).drop(columns="force_rms")})
+        with pytest.raises(DataError, match="at least one table, got none"):
+            plots.error_against_force({})
+
+
+class TestEnergyVolume:
+    def test_curves_minima_and_points_in_range(self):
+        ax = plots.energy_volume(
+            [9.0, 10.0, 11.0], {"start": [1, 0, 2], "short": [3, 1, 0]}, points=([8.0, 10.5], [0.1, 0.2])
+        )
+        assert legend(ax) == ["labelled frames", "start", "short"]
+        assert ax.collections[0].get_offsets().tolist() == [[10.5, 0.2]]
+        assert [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "D"] == [10.0, 11.0]
+
+    def test_shapes(self):
+        with pytest.raises(DataError, match=r"need \(3,\) energies each, got {'start': \(2,\)}"):
+            plots.energy_volume([9.0, 10.0, 11.0], {"start": [1.0, 2.0]})
+        with pytest.raises(DataError, match="got none"):
+            plots.energy_volume([9.0], {})
+
+
+class TestEnvironmentVector:
+    PARAMETERS = AEVParameters(5.2, 16.0, tuple(np.linspace(0.9, 4.9, 16)), 3.5, 8.0, 32.0, (0.9, 2.2), tuple(range(8)))
+
+    def vector(self, centre):
+        frame = molecule("CH3OH")
+        kinds = torch.tensor(["HCO".index(symbol) for symbol in frame.get_chemical_symbols()])
+        pairs = neighbours(frame, self.PARAMETERS.r_cut_radial)
+        return aev(self.PARAMETERS, 3, kinds, pairs)[centre].numpy()
+
+    def test_shows_every_number_of_the_elements_that_are_near(self):
+        vector = self.vector(0)
+        left, right, _ = plots.environment_vector(vector, self.PARAMETERS, "HCO").axes
+        # the carbon atom has neighbours H and O, no C
+        assert legend(left) == ["H", "O", "cutoff"]
+        np.testing.assert_allclose(left.lines[0].get_ydata(), vector[:16])
+        assert [label.get_text() for label in right.get_yticklabels()] == ["H, H", "H, O"]
+        image = np.asarray(right.images[0].get_array())
+        assert image.shape == (4, 8)
+        assert image.sum() == pytest.approx(vector[48:].sum())
+
+    def test_an_atom_with_one_neighbour_has_no_angles(self):
+        vector = np.zeros(self.PARAMETERS.length(3))
+        vector[3] = 0.2
+        _, right = plots.environment_vector(vector, self.PARAMETERS, "HCO").axes
+        assert not right.images
+
+    def test_wrong_vectors(self):
+        with pytest.raises(DataError, match=r"3 elements has 144 numbers, not all zero; got shape \(5,\), 5 of them"):
+            plots.environment_vector(np.ones(5), self.PARAMETERS, "HCO")
+        with pytest.raises(DataError, match=r"got shape \(144,\), 0 of them not zero"):
+            plots.environment_vector(np.zeros(144), self.PARAMETERS, "HCO")
 
 
 class TestSave:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from functools import cache, wraps
+from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, TypeVar, cast
 
@@ -18,6 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from ase import units
+from ase.data import atomic_numbers, covalent_radii
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -27,6 +29,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial import cKDTree
 
+from tlmc.analysis import outliers as find_outliers
+from tlmc.analysis import relative_energies
 from tlmc.errors import ConfigError, DataError
 from tlmc.evaluation.metrics import Metric, frame_force_rms
 from tlmc.files import atomic_path
@@ -34,7 +38,9 @@ from tlmc.paths import reports_dir
 
 if TYPE_CHECKING:
     from tlmc.datasets import Dataset
+    from tlmc.descriptors.aev import AEVParameters
     from tlmc.potentials.calculator import Predictions
+    from tlmc.splits import Split
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -93,10 +99,20 @@ def styled(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        _load_backend()
         with plt.rc_context(STYLE):
             return function(*args, **kwargs)
 
     return wrapper
+
+
+@cache
+def _load_backend() -> None:
+    """Load the backend now, as the first figure would: a notebook's backend turns on that figures are shown.
+
+    Loaded inside `rc_context`, it would be turned off again at its end, and only the first figure would be seen.
+    """
+    plt.draw_if_interactive()  # type: ignore[no-untyped-call]
 
 
 @styled
@@ -594,6 +610,113 @@ def outliers(
 
 
 @styled
+def force_outliers(dataset: Dataset, ax: Axes | None = None, *, n_sd: float = 5.0, n_named: int = 8) -> Axes:
+    """Draw the length of every force against the number of its frame, those of `tlmc.analysis.outliers` marked.
+
+    Parameters
+    ----------
+    dataset
+        Labels.
+    ax
+        Where to draw.
+    n_sd
+        Standard deviations above the mean of all forces (the thesis: 5).
+    n_named
+        Frames that are named at most, the largest forces first.
+    """
+    lengths = np.linalg.norm(np.concatenate(dataset.forces), axis=1)
+    frames = np.repeat(dataset.frame_numbers, dataset.n_atoms)
+    bound = lengths.mean() + n_sd * lengths.std()
+    beyond = lengths > bound
+    ax = _axes(ax)
+    ax.scatter(frames[~beyond], lengths[~beyond], s=1.5, color=PALETTE[0], alpha=0.5, linewidth=0, rasterized=True)
+    ax.scatter(frames[beyond], lengths[beyond], s=12, color=PALETTE[1], marker="D", linewidth=0)
+    table = find_outliers(dataset, n_sd)
+    largest = table[table["quantity"] == "force"].drop_duplicates("frame").head(n_named)
+    for frame, value in zip(largest["frame"], largest["value"], strict=True):
+        ax.annotate(str(frame), (frame, value), xytext=(3, 2), textcoords="offset points", fontsize=6)
+    ax.axhline(lengths.mean(), **_REFERENCE | {"linestyle": ":"}, label="mean")
+    ax.axhline(bound, **_REFERENCE, label=f"mean + {n_sd:g} sd")
+    ax.set(xlabel="frame", ylabel="|F| (eV/Å)", ylim=(0, 1.1 * max(bound, lengths.max()) or 1.0))
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return _finish(ax)
+
+
+@styled
+def neighbour_distances(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw how near the atoms of each pair of elements come, beside the length of a single bond between them.
+
+    Parameters
+    ----------
+    table
+        As :func:`tlmc.analysis.nearest_neighbours` returns.
+    ax
+        Where to draw; by default a figure whose height grows with the number of pairs.
+
+    Raises
+    ------
+    DataError
+        If there is no pair, or a column is missing.
+    """
+    columns = ["element", "neighbour", "shortest", "frame", "mean", "sd"]
+    if table.empty or not set(columns) <= set(table.columns):
+        raise DataError(
+            f"neighbour distances need columns {', '.join(columns)}, "
+            f"got {len(table)} rows of {', '.join(map(str, table.columns))}"
+        )
+    place = np.arange(len(table))
+    mean, shortest = table["mean"].to_numpy(dtype=np.float64), table["shortest"].to_numpy(dtype=np.float64)
+    radius = {symbol: covalent_radii[atomic_numbers[symbol]] for symbol in {*table["element"], *table["neighbour"]}}
+    bond = [radius[first] + radius[second] for first, second in zip(table["element"], table["neighbour"], strict=True)]
+    ax = _axes(ax, aspect=0.3 + 0.055 * len(table))
+    ax.plot(bond, place, "|", color="0.5", markersize=9, label="sum of covalent radii")
+    ax.hlines(place, shortest, mean, color="0.8", linewidth=0.8, zorder=0)
+    ax.errorbar(mean, place, xerr=table["sd"], fmt="o", markersize=3, color=PALETTE[0], label="mean ± sd")
+    ax.plot(shortest, place, "D", markersize=3, color=PALETTE[1], label="shortest")
+    ax.set_yticks(place, [f"{a} to {b}" for a, b in zip(table["element"], table["neighbour"], strict=True)])
+    ax.set(xlabel="distance to the nearest such neighbour (Å)", ylabel="atom to neighbour", xlim=(0, None))
+    ax.set_ylim(len(table) - 0.5, -0.5)
+    ax.legend(loc="lower left", bbox_to_anchor=(-0.1, 1), ncols=3, columnspacing=1, handletextpad=0.3)
+    return _finish(ax)
+
+
+@styled
+def split_coverage(dataset: Dataset, split: Split) -> Figure:
+    """Draw whether the parts of a split cover the same energies (left) and forces (right).
+
+    The right panel shows the share of atoms with a larger force, on a log scale: where the curve of the test part ends
+    further right than that of the training part, the model is asked about forces it has not seen.
+
+    Parameters
+    ----------
+    dataset
+        All frames.
+    split
+        Their parts.
+    """
+    parts = {name: getattr(split, name) for name in ("train", "validation", "test")}
+    energies = 1000 * relative_energies(dataset)
+    # a fixed seed: points are spread so that they do not cover one another, and stay where they are
+    spread = np.random.default_rng(0).uniform(-0.3, 0.3, len(dataset))
+    figure, axes = subplots(1, 2, width=2 * COLUMN)
+    left, right = axes[0]
+    for place, (colour, (name, chosen)) in enumerate(zip(PALETTE, parts.items(), strict=False)):
+        left.scatter(energies[chosen], place + spread[chosen], s=7, color=colour, alpha=0.7, linewidth=0)
+        lengths = np.sort(np.linalg.norm(np.concatenate([dataset.forces[k] for k in chosen]), axis=1))
+        right.step(lengths, 1 - np.arange(len(lengths)) / len(lengths), where="pre", color=colour, label=name)
+        right.plot(lengths[-1], 1 / len(lengths), "o", markersize=3, color=colour)
+    left.set_yticks(range(len(parts)), [f"{name}\n({len(chosen)})" for name, chosen in parts.items()])
+    left.set_ylim(len(parts) - 0.5, -0.5)
+    left.set(xlabel="E/N above the lowest (meV/atom)")
+    right.set_yscale("log")
+    right.set(xlabel="|F| (eV/Å)", ylabel="share of atoms with a larger |F|", xlim=(0, None))
+    right.legend()
+    for ax in (left, right):
+        _finish(ax)
+    return figure
+
+
+@styled
 def error_by_element(results: Mapping[str, Mapping[str, Metric]], ax: Axes | None = None) -> Axes:
     """Draw the vector RMSE of forces of each element as bars.
 
@@ -640,6 +763,210 @@ def error_by_element(results: Mapping[str, Mapping[str, Metric]], ax: Axes | Non
     ax.margins(y=0.15)
     ax.legend()
     return _finish(ax)
+
+
+@styled
+def validation_curves(
+    histories: Mapping[str, Sequence[pd.DataFrame]],
+    ax: Axes | None = None,
+    *,
+    quantity: Literal["force_rmse_vector", "energy_rmse_per_atom"] = "force_rmse_vector",
+) -> Axes:
+    """Draw how the validation error of several trainings falls, on log axes, a line per run, a colour per name.
+
+    Parameters
+    ----------
+    histories
+        Under each name (of a recipe, say) the histories of its runs (``FinetuneResult.history``), seeds as a rule.
+    ax
+        Where to draw.
+    quantity
+        Energies are drawn in meV/atom.
+
+    Raises
+    ------
+    DataError
+        If there is no run, or a history is empty or lacks the columns.
+    """
+    column = f"validation_{quantity}"
+    factor = 1000.0 if quantity == "energy_rmse_per_atom" else 1.0
+    ax = _axes(ax)
+    drawn = []
+    for colour, (name, runs) in zip(_colours(len(histories)), histories.items(), strict=True):
+        for i, history in enumerate(runs):
+            if history.empty or not {"epoch", column} <= set(history.columns):
+                raise DataError(
+                    f"validation curves of {name} need columns epoch and {column}, "
+                    f"got {len(history)} rows of {', '.join(map(str, history.columns))}"
+                )
+            values = factor * history[column].to_numpy(dtype=np.float64)
+            drawn.append(values[np.isfinite(values) & (values > 0)])
+            marker = "o" if len(history) < 15 else ""
+            label = name if i == 0 else None
+            ax.plot(history["epoch"], values, color=colour, alpha=0.8, marker=marker, markersize=2.5, label=label)
+    if not drawn:
+        raise DataError("validation curves need at least one run, got none")
+    if any(values.size for values in drawn):
+        _log_axis(ax, *(float(extreme(np.concatenate(drawn))) for extreme in (np.min, np.max)))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    ax.set(xlabel="epoch", ylabel=_CURVES[quantity].replace(" RMSE", " RMSE of validation"))
+    ax.legend()
+    return _finish(ax)
+
+
+@styled
+def error_against_force(tables: Mapping[str, pd.DataFrame], ax: Axes | None = None) -> Axes:
+    """Draw the force error of each frame against the size of its labelled forces, on log axes.
+
+    The line is where the error is as large as the force, as of a model that predicts zero.
+
+    Parameters
+    ----------
+    tables
+        By name, tables as :func:`tlmc.evaluation.per_frame` returns them.
+    ax
+        Where to draw.
+
+    Raises
+    ------
+    DataError
+        If there is no table, or one is empty or lacks a column.
+    """
+    if not tables:
+        raise DataError("errors against forces need at least one table, got none")
+    ax = _axes(ax, aspect=0.88)
+    both = []
+    for colour, (name, table) in zip(_colours(len(tables)), tables.items(), strict=True):
+        if table.empty or not {"force_rms", "force_rmse_vector"} <= set(table.columns):
+            raise DataError(
+                f"{name}: errors against forces need columns force_rms and force_rmse_vector, "
+                f"got {len(table)} rows of {', '.join(map(str, table.columns))}"
+            )
+        both.append(table["force_rms"].to_numpy(dtype=np.float64))
+        ax.scatter(
+            table["force_rms"], table["force_rmse_vector"], s=9, color=colour, alpha=0.7, linewidth=0, label=name
+        )
+    force = np.concatenate(both)
+    ends = [force[force > 0].min(initial=1.0), force.max(initial=1.0)]
+    ax.plot(ends, ends, zorder=0, **_REFERENCE)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    ax.set(xlabel="RMS of the labelled |F| of a frame (eV/Å)", ylabel="force RMSE of the frame, vector (eV/Å)")
+    # above the panel: anywhere in it points may lie
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return _finish(ax)
+
+
+@styled
+def energy_volume(
+    volumes: ArrayLike,
+    curves: Mapping[str, ArrayLike],
+    ax: Axes | None = None,
+    *,
+    points: tuple[ArrayLike, ArrayLike] | None = None,
+) -> Axes:
+    """Draw energy against volume according to several models.
+
+    Parameters
+    ----------
+    volumes
+        Angstrom^3 per molecule (or per anything else, the same for all), shape ``(n,)``.
+    curves
+        Energies by name, eV per molecule on a common zero, each of shape ``(n,)``.
+    ax
+        Where to draw.
+    points
+        Volumes and energies of labelled frames, drawn as grey points where they lie in the range of the volumes.
+
+    Raises
+    ------
+    DataError
+        If there is no curve, or a curve is not as long as the volumes.
+    """
+    x = np.asarray(volumes, dtype=np.float64)
+    lines = {name: np.asarray(energies, dtype=np.float64) for name, energies in curves.items()}
+    wrong = {name: energies.shape for name, energies in lines.items() if energies.shape != x.shape}
+    if not lines or wrong or x.ndim != 1 or x.size == 0:
+        raise DataError(f"energy curves need {x.shape} energies each, got {wrong or 'none'}")
+    ax = _axes(ax)
+    if points is not None:
+        places, energies = (np.asarray(part, dtype=np.float64) for part in points)
+        inside = (places >= x.min()) & (places <= x.max())
+        ax.scatter(places[inside], energies[inside], s=7, color="0.6", linewidth=0, label="labelled frames")
+    for colour, (name, energies) in zip(_colours(len(lines)), lines.items(), strict=True):
+        ax.plot(x, energies, color=colour, marker="o", markersize=2.5, label=name)
+        lowest = int(np.argmin(energies))
+        ax.plot(x[lowest], energies[lowest], "D", color=colour, markersize=5, markerfacecolor="none")
+    ax.axhline(0, **_REFERENCE | {"linestyle": ":"})
+    ax.set(xlabel="volume (Å³ per molecule)", ylabel="energy (eV per molecule)")
+    ax.legend()
+    return _finish(ax)
+
+
+@styled
+def environment_vector(vector: ArrayLike, parameters: AEVParameters, symbols: Sequence[str]) -> Figure:
+    """Draw the atomic environment vector of one atom: radial terms left, angular terms right; zero blocks left out.
+
+    Parameters
+    ----------
+    vector
+        Shape ``(parameters.length(len(symbols)),)``, a row of :func:`tlmc.descriptors.aev.aev`.
+    parameters
+        Constants of the descriptor.
+    symbols
+        Elements in the order of their channels.
+
+    Returns
+    -------
+    Figure
+        Two columns wide. Left, a line per neighbour element over the distances that the terms are centred on. Right, a
+        band per pair of neighbour elements; in it a row per mean distance, a column per angle.
+
+    Raises
+    ------
+    DataError
+        If the vector has another length, or is zero throughout (an atom without neighbours).
+    """
+    values = np.asarray(vector, dtype=np.float64)
+    if values.shape != (parameters.length(len(symbols)),) or not values.any():
+        raise DataError(
+            f"an environment vector of {len(symbols)} elements has {parameters.length(len(symbols))} numbers, not all "
+            f"zero; got shape {values.shape}, {np.count_nonzero(values)} of them not zero"
+        )
+    n_first_angular = len(symbols) * parameters.n_radial
+    radial = dict(zip(symbols, values[:n_first_angular].reshape(len(symbols), -1), strict=True))
+    pairs = [f"{a}, {b}" for a, b in combinations_with_replacement(symbols, 2)]
+    shape = (len(pairs), len(parameters.shifts_angular), len(parameters.sections))
+    angular = dict(zip(pairs, values[n_first_angular:].reshape(shape), strict=True))
+    figure, axes = subplots(1, 2, width=2 * COLUMN)
+    left, right = axes[0]
+    for symbol, part in radial.items():
+        if part.any():
+            colour = ELEMENT_COLOURS.get(symbol, "#8C6D31")
+            left.plot(parameters.shifts_radial, part, "o-", markersize=2.5, color=colour, label=symbol)
+    left.axvline(parameters.r_cut_radial, **_REFERENCE, label="cutoff")
+    left.set(xlabel="distance $R_s$ (Å)", ylabel="radial term", ylim=(0, None))
+    left.legend(title="neighbour", title_fontsize=7)
+    present = {pair: part for pair, part in angular.items() if part.any()}
+    if present:
+        n_rows = len(parameters.shifts_angular)
+        image = np.concatenate(list(present.values()))
+        drawn = right.imshow(image, cmap="viridis", aspect="auto", interpolation="nearest")
+        right.hlines(np.arange(1, len(present)) * n_rows - 0.5, -0.5, image.shape[1] - 0.5, color="white", linewidth=1)
+        right.set_yticks(np.arange(len(present)) * n_rows + (n_rows - 1) / 2, list(present))
+        columns = np.unique(np.linspace(0, image.shape[1] - 1, 4).astype(int))
+        right.set_xticks(columns, [f"{np.degrees(parameters.sections[k]):.0f}°" for k in columns])
+        bar = figure.colorbar(drawn, ax=right, shrink=0.8, aspect=25, pad=0.02)
+        bar.set_label("angular term")
+        bar.outline.set_linewidth(0.4)
+        bar.ax.tick_params(which="both", **_TICKS)
+    right.set(xlabel="angle $\\theta_s$", ylabel="pair of neighbours, $R_s$ growing downwards")
+    for ax in (left, right):
+        _finish(ax)
+    return figure
 
 
 def _axes(ax: Axes | None, aspect: float = 0.75) -> Axes:
