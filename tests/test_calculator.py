@@ -272,6 +272,20 @@ def test_reference_shifts_energies_only(toy):
     )
 
 
+def test_an_element_without_a_fitted_offset_is_named(toy):
+    fitted = toy.with_reference(ReferenceEnergies({"H": 0.5, "C": -2.0}, "per_element"))
+    sentence = "were fitted for C, H only, not for O in C2H6O: fit them on frames of this composition"
+    for ask in (
+        lambda: fitted.offsets(ethanol()),
+        lambda: fitted.atomic_reference([METHANE, ethanol()]),
+        lambda: predict(fitted, [ethanol()]),
+        lambda: TlmcCalculator(fitted).get_property("energy", ethanol()),
+    ):
+        with pytest.raises(ModelError, match=sentence):
+            ask()
+    assert fitted.atomic_reference([METHANE]).shape == (1,)
+
+
 def test_members_average_to_the_energy(toy):
     frame = short_cell()
     energies = member_energies(toy, frame)

@@ -6,8 +6,8 @@ import json
 import logging
 import pickle
 import shutil
+import socket
 import sqlite3
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,29 +20,14 @@ import ase.io
 import numpy as np
 import pooch
 import pytest
+from argon import argon, labelled
 from ase import Atoms
-from ase.build import bulk, molecule
-from ase.calculators.lj import LennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from ase.units import Bohr, Hartree, kcal, mol
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from tlmc import datasets
-from tlmc.datasets import (
-    Dataset,
-    available,
-    check_dataset,
-    dataset_from_frames,
-    duplicate_groups,
-    element_counts,
-    frame_hash,
-    load_dataset,
-    read_frames,
-    require_crystals,
-)
+from tlmc.datasets import available, dataset_from_frames, load_dataset, read_frames
 from tlmc.errors import DataError
 
 MIRRORED = (
@@ -55,24 +40,6 @@ MIRRORED = (
     "21_urea",
     "23_succinic_acid",
 )
-
-
-def labelled(frame: Atoms, energy: float, forces: NDArray[np.float64], **others: object) -> Atoms:
-    frame.calc = SinglePointCalculator(frame, energy=energy, forces=forces, **others)
-    return frame
-
-
-def argon(n_frames: int, seed: int = 0) -> list[Atoms]:
-    """Rattled argon crystals with the labels of a potential, so that energies and forces belong together."""
-    rng = np.random.default_rng(seed)
-    frames = []
-    for _ in range(n_frames):
-        frame = bulk("Ar", a=5.3, cubic=True)
-        frame.positions += rng.normal(scale=0.1, size=(4, 3))
-        frame.calc = LennardJones(sigma=3.4, epsilon=0.0104, rc=10.0, smooth=True)
-        energy, forces, stress = frame.get_potential_energy(), frame.get_forces(), frame.get_stress()
-        frames.append(labelled(frame, energy, forces, stress=stress))
-    return frames
 
 
 @pytest.fixture
@@ -404,219 +371,7 @@ def test_a_folder_a_missing_file_and_a_misspelt_name(tmp_path: Path) -> None:
         load_dataset("q.traj")
 
 
-# --- checks of frames ------------------------------------------------------------------------------------------------
-
-
-def set_energy(value: float) -> Callable[[list[Atoms]], None]:
-    def change(frames: list[Atoms]) -> None:
-        frames[1].calc.results["energy"] = value
-
-    return change
-
-
-def set_force(value: float) -> Callable[[list[Atoms]], None]:
-    def change(frames: list[Atoms]) -> None:
-        for frame in frames[1:]:
-            frame.calc.results["forces"][2, 1] = value
-
-    return change
-
-
-def all_forces(factor: float) -> Callable[[list[Atoms]], None]:
-    def change(frames: list[Atoms]) -> None:
-        for frame in frames:
-            frame.calc.results["forces"] = frame.calc.results["forces"] * factor
-
-    return change
-
-
-def overlap(frames: list[Atoms]) -> None:
-    frames[1].positions[3] = frames[1].positions[1] + [0.1, 0, 0]
-
-
-def overlap_with_an_image(frames: list[Atoms]) -> None:
-    frames[1].positions[0] = [0.05, 0.0, 0.0]
-    frames[1].positions[3] = [5.25, 0.0, 0.0]
-
-
-def set_position(frames: list[Atoms]) -> None:
-    frames[2].positions[1, 0] = np.inf
-
-
-def set_stress(frames: list[Atoms]) -> None:
-    frames[2].calc.results["stress"][4] = np.nan
-
-
-def no_vector(frames: list[Atoms]) -> None:
-    for frame in frames[1:]:
-        frame.cell[2] = 0
-
-
-def flat_cell(frames: list[Atoms]) -> None:
-    frames[1].cell[2] = frames[1].cell[0] + frames[1].cell[1]
-
-
-def flat_slab(frames: list[Atoms]) -> None:
-    frames[1].pbc = (True, True, False)
-    frames[1].cell[1] = 2 * frames[1].cell[0]
-
-
-def no_atoms(frames: list[Atoms]) -> None:
-    frames[2] = labelled(Atoms(), 0.0, np.zeros((0, 3)))
-
-
-def other_label(frames: list[Atoms]) -> None:
-    frames[2] = labelled(Atoms(frames[0]), frames[0].calc.results["energy"] + 0.2, frames[0].calc.results["forces"])
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (no_atoms, "frame 2 has no atoms$"),
-        (set_energy(np.nan), "frame 1 has a value that is not finite: energy is nan$"),
-        (
-            set_force(np.inf),
-            r"frame 1 has a value that is not finite: forces of atom 2 \(Ar\) is .*inf.* \(and 1 more frame\)$",
-        ),
-        (set_position, r"frame 2 has a value that is not finite: position of atom 1 \(Ar\) is \[ *inf "),
-        (set_stress, "frame 2 has a value that is not finite: stress is nan$"),
-        (no_vector, r"frame 1 is periodic along c but has no cell vector there \(and 1 more frame\)$"),
-        (flat_cell, r"frame 1 has a cell of zero volume, or nearly: .* A\^3 for 4 atoms$"),
-        (flat_slab, r"frame 1 has a cell of zero volume, or nearly: .* A\^3 for 4 atoms$"),
-        (overlap, r"frame 1 has overlapping atoms: 1 \(Ar\) and 3 \(Ar\) are 0.100 A apart$"),
-        (
-            overlap_with_an_image,
-            r"frame 1 has overlapping atoms: 0 \(Ar\) and 3 \(Ar\), an image in a neighbouring cell are 0.100 A apart$",
-        ),
-        (
-            set_energy(-1e6),
-            "frame 1 has -250000 eV/atom, but the energy must lie within -17761 and 100; units must be given",
-        ),
-        (set_energy(1e4), "frame 1 has 2500 eV/atom, but the energy must lie within"),
-        (set_energy(-100.0), "frame 1 has -25 eV/atom, but other frames of Ar have about -0.0"),
-        (
-            set_force(321.0),
-            r"frame 1 has a force of 321 eV/A on atom 2 \(Ar\); forces must be in eV/A.* \(and 1 more frame\)$",
-        ),
-        (
-            all_forces(500.0),
-            r"frame 0 has a force of .* eV/A on atom \d, the median of all frames is \d\d.*; forces must be in",
-        ),
-        (
-            all_forces(0.0),
-            r"frame 0 has forces that are all exactly 0 eV/A, as have all frames: .* \(and 2 more frames\)$",
-        ),
-        (other_label, "frame 2 has the geometry of frame 0 but another energy, by 0.05 eV/atom$"),
-    ],
-)
-def test_frames_that_cannot_be_used(
-    tmp_path: Path, frames: list[Atoms], change: Callable[[list[Atoms]], None], sentence: str
-) -> None:
-    change(frames)
-    for frame in frames:
-        # a calculator whose atoms have moved is not written
-        frame.calc.atoms = frame.copy()
-    ase.io.write(tmp_path / "a.traj", frames)
-    with pytest.raises(DataError, match=rf"{tmp_path}/a.traj: {sentence}"):
-        load_dataset(tmp_path / "a.traj")
-
-
-def test_energies_that_are_all_zero_are_no_labels(frames: list[Atoms]) -> None:
-    for frame in frames:
-        frame.calc.results["energy"] = 0.0
-    with pytest.raises(DataError, match="frame 0 has an energy of exactly 0 eV, as have all: are they labels"):
-        dataset_from_frames(frames, name="a")
-
-
-@pytest.mark.parametrize(("factor", "ratio"), [(-1.0, "-0.8"), (Bohr / Hartree, "4[0-9]"), (23.06, "0.03")])
-def test_forces_that_do_other_work_than_the_energies_say(factor: float, ratio: str) -> None:
-    frames = argon(30)
-    dataset_from_frames(frames, name="right")
-    all_forces(factor)(frames)
-    with pytest.raises(
-        DataError, match=rf"differ by .* eV, but moving the atoms .*ratio {ratio}.* pairs, must be near 1"
-    ):
-        dataset_from_frames(frames, name="wrong")
-
-
-def test_all_electron_energies_are_possible() -> None:
-    # total energies of free atoms, Hartree: the deepest there are for these elements
-    for symbol, energy in {"H": -0.5, "C": -37.85, "Cl": -460.15, "Cu": -1640.4, "I": -7110.0}.items():
-        dataset = dataset_from_frames(
-            [labelled(Atoms(symbol), energy, np.zeros((1, 3)))], name=symbol, units="Hartree/Bohr"
-        )
-        assert dataset.energies[0] == pytest.approx(energy * Hartree)
-
-
-def test_a_data_set_made_by_hand_is_checked_too(frames: list[Atoms]) -> None:
-    good = dataset_from_frames(frames, name="a")
-    short = Dataset(good.frames, good.energies[:2], good.forces, good.stresses, "a", "a", "", "", good.frame_numbers)
-    with pytest.raises(DataError, match="a: 3 frames need as many energies, got 2"):
-        check_dataset(short)
-    with pytest.raises(DataError, match="memory: holds no frames"):
-        check_dataset(good.subset([]))
-    with pytest.raises(DataError, match="memory: holds no frames"):
-        dataset_from_frames([], name="a")
-
-
-def test_copies_are_logged_and_kept(frames: list[Atoms], caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "tlmc.datasets"):
-        dataset = dataset_from_frames([*frames, frames[1], frames[1]], name="a", source="a.traj")
-    assert len(dataset) == 5
-    assert "a.traj: 2 of 5 frames repeat the geometry of another, the first is frame 3" in caplog.text
-
-
-def test_a_task_for_crystals_names_the_frame_that_is_none(frames: list[Atoms]) -> None:
-    gas = labelled(molecule("H2O"), -14.0, np.zeros((3, 3)))
-    boxed = labelled(molecule("H2O", vacuum=10, pbc=True), -14.0, np.zeros((3, 3)))
-    dataset = dataset_from_frames([frames[0], boxed, gas, frames[1]], name="a", source="a.traj")
-    require_crystals(dataset.crystals())
-    with pytest.raises(
-        DataError,
-        match=r"a.traj: frame 1 is no crystal \(periodic along abc, \d+ A\^3 per atom\); .* \(and 1 more frame\)$",
-    ):
-        require_crystals(dataset)
-    with pytest.raises(DataError, match=r"a.traj: frame 2 is no crystal \(periodic along nothing, no cell\)"):
-        require_crystals(dataset.subset([0, 2]))
-
-
-# --- crystals and molecules ------------------------------------------------------------------------------------------
-
-
-def is_crystal(frame: Atoms) -> bool:
-    labels = labelled(frame, -1.0 * len(frame), np.ones((len(frame), 3)))
-    return bool(dataset_from_frames([labels], name="a").is_crystal[0])
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.integers(0, 2**32 - 1), st.sampled_from(["CH4", "C6H6", "trans-butane"]))
-def test_a_molecule_in_a_box_is_none_wherever_the_border_cuts_it(seed: int, name: str) -> None:
-    rng = np.random.default_rng(seed)
-    frame = molecule(name, cell=[25, 24, 26], pbc=True)
-    frame.euler_rotate(*rng.uniform(0, 180, 3))
-    frame.positions += rng.uniform(-30, 30, 3)
-    frame.wrap()
-    assert not is_crystal(frame)
-
-
-def test_what_is_a_crystal() -> None:
-    assert is_crystal(bulk("Ar"))
-    assert is_crystal(bulk("Ar", cubic=True) * (3, 3, 3))
-    left_handed = bulk("Ar", cubic=True)
-    left_handed.set_cell(left_handed.cell[[1, 0, 2]])
-    assert is_crystal(left_handed)
-    # molecules 5 A apart along one axis of a long cell: a chain
-    assert is_crystal(molecule("CH4", cell=[7, 30, 30], pbc=True))
-    assert not is_crystal(molecule("CH4", cell=[9, 30, 30], pbc=True))
-    # a pair is as isolated as one molecule
-    pair = molecule("CH4", cell=[25, 25, 25], pbc=True)
-    other = pair.copy()
-    other.positions += [4, 1, 0]
-    assert not is_crystal(pair + other)
-    # neighbouring molecules link in steps across several cells of a supercell
-    assert is_crystal(molecule("CH4", cell=[6, 6, 6], pbc=True) * (2, 2, 2))
-    assert not is_crystal(Atoms(bulk("Ar", cubic=True), pbc=(True, True, False)))
-    assert not is_crystal(molecule("CH4"))
+# --- public sets ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.needs_mirror
@@ -660,77 +415,7 @@ def test_stress_has_the_sign_of_a_strain_derivative() -> None:
     assert x @ y / (x @ x) == pytest.approx(1, abs=0.1)
 
 
-# --- geometry and identity -------------------------------------------------------------------------------------------
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.integers(0, 2**32 - 1))
-def test_moved_turned_mirrored_and_reordered_frames_are_the_same(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    crystal = molecule("CH3OH", cell=[[6.1, 0, 0], [0.7, 5.3, 0], [-0.4, 0.6, 5.8]], pbc=True)
-    crystal.positions += rng.normal(scale=0.05, size=(6, 3))
-    other = crystal[rng.permutation(6)]
-    other.positions += rng.uniform(-9, 9, 3)
-    other.wrap()
-    turn, _ = np.linalg.qr(rng.normal(size=(3, 3)))
-    other.set_cell(other.cell.array @ turn, scale_atoms=False)
-    other.positions = other.positions @ turn + rng.uniform(-2e-5, 2e-5, (6, 3))
-    moved = crystal.copy()
-    moved.positions[rng.integers(6)] += 0.01
-    strained = crystal.copy()
-    strained.set_cell(crystal.cell * 1.002, scale_atoms=True)
-    assert duplicate_groups([crystal, moved, other, strained]).tolist() == [0, 1, 0, 3]
-
-
-def test_sameness_is_passed_on_and_copies_in_bulk_are_quick() -> None:
-    frame = molecule("CH3OH")
-    steps = []
-    for k in range(4):
-        step = frame.copy()
-        step.positions[0, 0] += 0.9e-4 * k
-        steps.append(step)
-    assert duplicate_groups([molecule("H2O"), *steps]).tolist() == [0, 1, 1, 1, 1]
-    start = time.perf_counter()
-    assert set(duplicate_groups([frame] * 3000).tolist()) == {0}
-    assert time.perf_counter() - start < 5
-    assert duplicate_groups([]).tolist() == []
-
-
-def test_periodicity_and_elements_tell_frames_apart() -> None:
-    crystal = molecule("CO", cell=[4, 4, 4], pbc=True)
-    swapped = crystal.copy()
-    swapped.numbers = [7, 7]
-    assert duplicate_groups([crystal, Atoms(crystal, pbc=False), swapped, Atoms("H"), Atoms("H")]).tolist() == [
-        0,
-        1,
-        2,
-        3,
-        3,
-    ]
-
-
-def test_the_hash_of_a_frame_sees_geometry_only(frames: list[Atoms]) -> None:
-    copy = Atoms(frames[0])
-    copy.info["note"] = 1
-    assert frame_hash(copy) == frame_hash(frames[0])
-    for change in ("numbers", "positions", "cell", "pbc"):
-        other = copy.copy()
-        if change == "numbers":
-            other.numbers[0] = 10
-        elif change == "positions":
-            other.positions[0, 0] += 1e-12
-        elif change == "cell":
-            other.cell[0, 0] += 1e-12
-        else:
-            other.pbc = (True, True, False)
-        assert frame_hash(other) != frame_hash(copy), change
-
-
-def test_the_hash_of_a_frame_is_the_same_on_every_machine() -> None:
-    """Caches are keyed by it: little-endian numbers, periodicity, cell, positions, whatever the platform."""
-    frame = Atoms("HO", positions=[[0, -0.0, 0], [0, 0, 1.5]], cell=[4, 5, 6], pbc=(True, False, True))
-    content = struct.pack("<2q3B9d6d", 1, 8, 1, 0, 1, 4, 0, 0, 0, 5, 0, 0, 0, 6, 0, 0, 0, 0, 0, 1.5)
-    assert frame_hash(frame) == hashlib.sha256(content).hexdigest()
+# --- identity and subsets --------------------------------------------------------------------------------------------
 
 
 def test_the_hash_of_a_data_set_sees_labels_and_order_but_not_the_file(tmp_path: Path, frames: list[Atoms]) -> None:
@@ -765,10 +450,6 @@ def test_subsets_keep_frames_and_labels_together(frames: list[Atoms]) -> None:
         dataset.subset([3])
     with pytest.raises(IndexError):
         dataset.subset(np.array([True, False]))
-
-
-def test_elements_are_counted() -> None:
-    assert element_counts([molecule("CH4"), molecule("CH3OH")]) == {"H": 8, "C": 2, "O": 1}
 
 
 # --- registry, mirror, download --------------------------------------------------------------------------------------
@@ -921,6 +602,18 @@ def test_a_silent_server_is_given_up(private: Path, origin: Server, monkeypatch:
     monkeypatch.setattr(Handler, "do_GET", lambda self: time.sleep(1.5))
     with pytest.raises(DataError, match=r"cannot download .* \(ReadTimeout\)"):
         load_dataset("toy/argon")
+
+
+def test_a_name_lookup_that_hangs_is_given_up(private: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "_CONNECT_SECONDS", 0.2)
+    answered = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: answered.wait(5) and [])
+    start = time.perf_counter()
+    with pytest.raises(DataError, match=r"cannot download https://.* \(no answer within 0.2 s\): .*TLMC_DATA_DIR"):
+        load_dataset("molcrys-mace/21_urea")
+    assert time.perf_counter() - start < 3
+    assert files(private / "cache") == []
+    answered.set()
 
 
 def test_a_full_disk_is_named(private: Path, origin: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,9 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tlmc.datasets import Dataset, dataset_from_frames, duplicate_groups, load_dataset
+from tlmc.datasets import Dataset, dataset_from_frames, load_dataset
 from tlmc.errors import ConfigError, DataError
+from tlmc.geometry import duplicate_groups
 from tlmc.splits import Split, SplitMethod, energy_groups, split_dataset
 
 METHODS: tuple[SplitMethod, ...] = ("random", "blocks", "energy_groups")

@@ -515,7 +515,7 @@ def _model_facts(name: str) -> dict[str, str]:
 def _dataset_facts(data: Dataset) -> dict[str, str]:
     import numpy as np
 
-    from tlmc.datasets import element_counts
+    from tlmc.geometry import element_counts
 
     per_atom = data.energies / data.n_atoms
     forces = np.linalg.norm(np.concatenate(data.forces), axis=1)

@@ -13,7 +13,6 @@ import pickle
 import subprocess
 import sys
 import tempfile
-import threading
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ import torchani.paths
 from torch import Tensor
 
 from tlmc.descriptors.aev import AEVParameters
+from tlmc.downloads import describe, first_to_answer
 from tlmc.errors import ModelError
 from tlmc.files import atomic_path, sha256_file
 from tlmc.paths import PACKAGE_DIR, cache_dir
@@ -112,7 +112,7 @@ def reachable(name: StartModelName) -> bool:
     if weights_path(name).is_file():
         return True
     if name == "ani2x":
-        return _first_to_answer(ANI2X_SOURCES)[0] is not None
+        return first_to_answer(ANI2X_SOURCES, PROBE_SECONDS)[0] is not None
     project = _registered(name)["wheel"].split("==")[0]
     return _pip("index", "versions", project, seconds=2 * PROBE_SECONDS).returncode == 0
 
@@ -190,7 +190,7 @@ def _read_ani2x(path: Path) -> tuple[dict[str, Tensor], str]:
 
 def _download_ani2x(path: Path) -> None:
     """Fetch the state dict from where torchani gets it; the file appears only once its fingerprint is right."""
-    source, reasons = _first_to_answer(ANI2X_SOURCES)
+    source, reasons = first_to_answer(ANI2X_SOURCES, PROBE_SECONDS)
     if source is not None:
         logger.info("downloading %s to %s", source, path)
         try:
@@ -203,34 +203,13 @@ def _download_ani2x(path: Path) -> None:
                     _read_ani2x(temporary)
             return
         except requests.RequestException as error:
-            reasons = {source: type(error).__name__}
+            reasons[source] = describe(error)
     tried = "; ".join(f"{url}: {reason}" for url, reason in reasons.items())
     raise ModelError(
         f"ani2x is not at {path} and could not be downloaded ({tried}): put {path.name} there by hand, or point "
         f"TORCHANI_DATA_DIR at a folder that holds StateDicts/{path.name}; the other start model, ani2xt, comes from "
         'the package index and has to be asked for by name, load_start_model("ani2xt")'
     )
-
-
-def _first_to_answer(urls: Sequence[str]) -> tuple[str | None, dict[str, str]]:
-    """Return the first URL, in order of preference, that answers in time, and what was wrong with the others."""
-    reasons = dict.fromkeys(urls, f"no answer within {PROBE_SECONDS:.0f} s")
-
-    def probe(url: str) -> None:
-        try:
-            answer = requests.head(url, timeout=PROBE_SECONDS, allow_redirects=True)
-            reasons[url] = "" if answer.ok else f"HTTP {answer.status_code}"
-        except requests.RequestException as error:
-            reasons[url] = type(error).__name__
-
-    # a name lookup has no timeout of its own; a daemon thread can be left to it
-    threads = [threading.Thread(target=probe, args=(url,), daemon=True) for url in urls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PROBE_SECONDS)
-    failed = {url: reason for url, reason in reasons.items() if reason}
-    return next((url for url in urls if url not in failed), None), failed
 
 
 def _load_ani2xt() -> Potential:

@@ -28,10 +28,10 @@ from scipy.sparse import bsr_array
 from torch import Tensor
 
 from tlmc import paths
-from tlmc.datasets import frame_hash
 from tlmc.descriptors.aev import BLOCK, aev, aev_jacobian, neighbours
 from tlmc.errors import DataError
 from tlmc.files import write_json
+from tlmc.geometry import frame_hash
 from tlmc.potentials.model import Potential
 
 LAYOUT_VERSION = 1

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+from argon import argon, labelled
+from ase import Atoms
+from ase.build import molecule
+from ase.units import Bohr, Hartree
+
+from tlmc.checks import check_dataset, require_crystals
+from tlmc.datasets import Dataset, dataset_from_frames, load_dataset
+from tlmc.errors import DataError
+
+
+@pytest.fixture
+def frames() -> list[Atoms]:
+    return argon(3)
+
+
+def set_energy(value: float) -> Callable[[list[Atoms]], None]:
+    def change(frames: list[Atoms]) -> None:
+        frames[1].calc.results["energy"] = value
+
+    return change
+
+
+def set_force(value: float) -> Callable[[list[Atoms]], None]:
+    def change(frames: list[Atoms]) -> None:
+        for frame in frames[1:]:
+            frame.calc.results["forces"][2, 1] = value
+
+    return change
+
+
+def all_forces(factor: float) -> Callable[[list[Atoms]], None]:
+    def change(frames: list[Atoms]) -> None:
+        for frame in frames:
+            frame.calc.results["forces"] = frame.calc.results["forces"] * factor
+
+    return change
+
+
+def overlap(frames: list[Atoms]) -> None:
+    frames[1].positions[3] = frames[1].positions[1] + [0.1, 0, 0]
+
+
+def overlap_with_an_image(frames: list[Atoms]) -> None:
+    frames[1].positions[0] = [0.05, 0.0, 0.0]
+    frames[1].positions[3] = [5.25, 0.0, 0.0]
+
+
+def set_position(frames: list[Atoms]) -> None:
+    frames[2].positions[1, 0] = np.inf
+
+
+def set_stress(frames: list[Atoms]) -> None:
+    frames[2].calc.results["stress"][4] = np.nan
+
+
+def no_vector(frames: list[Atoms]) -> None:
+    for frame in frames[1:]:
+        frame.cell[2] = 0
+
+
+def flat_cell(frames: list[Atoms]) -> None:
+    frames[1].cell[2] = frames[1].cell[0] + frames[1].cell[1]
+
+
+def flat_slab(frames: list[Atoms]) -> None:
+    frames[1].pbc = (True, True, False)
+    frames[1].cell[1] = 2 * frames[1].cell[0]
+
+
+def no_atoms(frames: list[Atoms]) -> None:
+    frames[2] = labelled(Atoms(), 0.0, np.zeros((0, 3)))
+
+
+def other_label(frames: list[Atoms]) -> None:
+    frames[2] = labelled(Atoms(frames[0]), frames[0].calc.results["energy"] + 0.2, frames[0].calc.results["forces"])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (no_atoms, "frame 2 has no atoms$"),
+        (set_energy(np.nan), "frame 1 has a value that is not finite: energy is nan$"),
+        (
+            set_force(np.inf),
+            r"frame 1 has a value that is not finite: forces of atom 2 \(Ar\) is .*inf.* \(and 1 more frame\)$",
+        ),
+        (set_position, r"frame 2 has a value that is not finite: position of atom 1 \(Ar\) is \[ *inf "),
+        (set_stress, "frame 2 has a value that is not finite: stress is nan$"),
+        (no_vector, r"frame 1 is periodic along c but has no cell vector there \(and 1 more frame\)$"),
+        (flat_cell, r"frame 1 has a cell of zero volume, or nearly: .* A\^3 for 4 atoms$"),
+        (flat_slab, r"frame 1 has a cell of zero volume, or nearly: .* A\^3 for 4 atoms$"),
+        (overlap, r"frame 1 has overlapping atoms: 1 \(Ar\) and 3 \(Ar\) are 0.100 A apart$"),
+        (
+            overlap_with_an_image,
+            r"frame 1 has overlapping atoms: 0 \(Ar\) and 3 \(Ar\), an image in a neighbouring cell are 0.100 A apart$",
+        ),
+        (
+            set_energy(-1e6),
+            "frame 1 has -250000 eV/atom, but the energy must lie within -17761 and 100; units must be given",
+        ),
+        (set_energy(1e4), "frame 1 has 2500 eV/atom, but the energy must lie within"),
+        (set_energy(-100.0), "frame 1 has -25 eV/atom, but other frames of Ar have about -0.0"),
+        (
+            set_force(321.0),
+            r"frame 1 has a force of 321 eV/A on atom 2 \(Ar\); forces must be in eV/A.* \(and 1 more frame\)$",
+        ),
+        (
+            all_forces(500.0),
+            r"frame 0 has a force of .* eV/A on atom \d, the median of all frames is \d\d.*; forces must be in",
+        ),
+        (
+            all_forces(0.0),
+            r"frame 0 has forces that are all exactly 0 eV/A, as have all frames: .* \(and 2 more frames\)$",
+        ),
+        (other_label, "frame 2 has the geometry of frame 0 but another energy, by 0.05 eV/atom$"),
+    ],
+)
+def test_frames_that_cannot_be_used(
+    tmp_path: Path, frames: list[Atoms], change: Callable[[list[Atoms]], None], sentence: str
+) -> None:
+    change(frames)
+    for frame in frames:
+        # a calculator whose atoms have moved is not written
+        frame.calc.atoms = frame.copy()
+    ase.io.write(tmp_path / "a.traj", frames)
+    with pytest.raises(DataError, match=rf"{tmp_path}/a.traj: {sentence}"):
+        load_dataset(tmp_path / "a.traj")
+
+
+def test_energies_that_are_all_zero_are_no_labels(frames: list[Atoms]) -> None:
+    for frame in frames:
+        frame.calc.results["energy"] = 0.0
+    with pytest.raises(DataError, match="frame 0 has an energy of exactly 0 eV, as have all: are they labels"):
+        dataset_from_frames(frames, name="a")
+
+
+@pytest.mark.parametrize(("factor", "ratio"), [(-1.0, "-0.8"), (Bohr / Hartree, "4[0-9]"), (23.06, "0.03")])
+def test_forces_that_do_other_work_than_the_energies_say(factor: float, ratio: str) -> None:
+    frames = argon(30)
+    dataset_from_frames(frames, name="right")
+    all_forces(factor)(frames)
+    with pytest.raises(
+        DataError, match=rf"differ by .* eV, but moving the atoms .*ratio {ratio}.* pairs, must be near 1"
+    ):
+        dataset_from_frames(frames, name="wrong")
+
+
+def test_all_electron_energies_are_possible() -> None:
+    # total energies of free atoms, Hartree: the deepest there are for these elements
+    for symbol, energy in {"H": -0.5, "C": -37.85, "Cl": -460.15, "Cu": -1640.4, "I": -7110.0}.items():
+        dataset = dataset_from_frames(
+            [labelled(Atoms(symbol), energy, np.zeros((1, 3)))], name=symbol, units="Hartree/Bohr"
+        )
+        assert dataset.energies[0] == pytest.approx(energy * Hartree)
+
+
+def test_a_data_set_made_by_hand_is_checked_too(frames: list[Atoms]) -> None:
+    good = dataset_from_frames(frames, name="a")
+    short = Dataset(good.frames, good.energies[:2], good.forces, good.stresses, "a", "a", "", "", good.frame_numbers)
+    with pytest.raises(DataError, match="a: 3 frames need as many energies, got 2"):
+        check_dataset(short)
+    with pytest.raises(DataError, match="memory: holds no frames"):
+        check_dataset(good.subset([]))
+    with pytest.raises(DataError, match="memory: holds no frames"):
+        dataset_from_frames([], name="a")
+
+
+def test_copies_are_logged_and_kept(frames: list[Atoms], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "tlmc.checks"):
+        dataset = dataset_from_frames([*frames, frames[1], frames[1]], name="a", source="a.traj")
+    assert len(dataset) == 5
+    assert "a.traj: 2 of 5 frames repeat the geometry of another, the first is frame 3" in caplog.text
+
+
+def test_a_task_for_crystals_names_the_frame_that_is_none(frames: list[Atoms]) -> None:
+    gas = labelled(molecule("H2O"), -14.0, np.zeros((3, 3)))
+    boxed = labelled(molecule("H2O", vacuum=10, pbc=True), -14.0, np.zeros((3, 3)))
+    dataset = dataset_from_frames([frames[0], boxed, gas, frames[1]], name="a", source="a.traj")
+    require_crystals(dataset.crystals())
+    with pytest.raises(
+        DataError,
+        match=r"a.traj: frame 1 is no crystal \(periodic along abc, \d+ A\^3 per atom\); .* \(and 1 more frame\)$",
+    ):
+        require_crystals(dataset)
+    with pytest.raises(DataError, match=r"a.traj: frame 2 is no crystal \(periodic along nothing, no cell\)"):
+        require_crystals(dataset.subset([0, 2]))

@@ -1,0 +1,289 @@
+"""Data that no training could use: what is refused before any starts, and how it is said."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import numpy as np
+from ase.data import chemical_symbols, covalent_radii
+
+from tlmc.errors import DataError
+from tlmc.geometry import box, contacts
+from tlmc.units import HARTREE
+
+if TYPE_CHECKING:
+    from tlmc.datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+# Two atoms closer than this fraction of the sum of their covalent radii overlap; the shortest bond of the strongly
+# compressed cells among the public sets is at 0.78.
+_OVERLAP = 0.5
+# No matter is this dense (Angstrom^3 per atom; hydrogen at 100 GPa has 3), so such a cell is a mistake.
+_SMALLEST_VOLUME_PER_ATOM = 1.0
+# Labelled frames reach 17 eV/A with a median of about 1 eV/A; in kcal/mol/A the same numbers are 23 times larger.
+_LARGEST_FORCE, _LARGEST_MEDIAN_FORCE = 200.0, 10.0
+# eV/atom above free atoms that no bound or colliding structure reaches, and between frames of one composition.
+_LARGEST_ENERGY, _LARGEST_ENERGY_SPREAD = 100.0, 20.0
+# eV/atom by which labels of one geometry may differ before they contradict each other.
+_LABEL_CONFLICT = 0.01
+# Pairs of frames on which energies are compared with the work of the forces: how far apart in the file, how alike
+# (strain; Angstrom), how many and how well correlated they must be to decide, and the slopes that true labels can have.
+_WORK_NEIGHBOURS, _WORK_STRAIN, _WORK_DISPLACEMENT = 20, 0.02, 0.6
+_WORK_PAIRS, _WORK_CORRELATION, _WORK_SLOPES = 50, 0.7, (0.5, 1.6)
+
+# A problem is the index of a frame in the data set and what is wrong with it.
+_Problems = list[tuple[int, str]]
+
+
+def check_dataset(dataset: Dataset) -> None:
+    """Refuse data that no training could use, before any starts.
+
+    In this order: no frames, no atoms; shapes of labels; NaN or infinity; a cell that is missing or has no volume;
+    atoms that overlap, images included; energies that no such atoms can have; forces that cannot be eV/Angstrom (too
+    large, or doing another work than the energies say); equal geometries with different labels. Equal geometries with
+    equal labels are logged, and kept in one part by `split_dataset`.
+
+    Raises
+    ------
+    DataError
+        One sentence with the source, the number of the first offending frame in it, the value, and how many others.
+    """
+    if not len(dataset):
+        raise DataError(f"{dataset.source}: holds no frames")
+    for column in ("energies", "forces", "stresses", "frame_numbers"):
+        if len(getattr(dataset, column)) != len(dataset):
+            raise DataError(
+                f"{dataset.source}: {len(dataset)} frames need as many {column}, got {len(getattr(dataset, column))}"
+            )
+    for check in (_empty, _wrong_shape, _not_finite, _no_cell, _overlapping, _impossible_energy, _impossible_force):
+        _refuse(dataset, check(dataset))
+    _check_duplicates(dataset)
+
+
+def require_crystals(dataset: Dataset) -> None:
+    """Check that every frame is a crystal, for tasks that need a periodic cell.
+
+    Raises
+    ------
+    DataError
+        Naming the first frame that is not, its periodicity and volume, and how many others there are.
+    """
+    problems = []
+    for k in np.flatnonzero(~dataset.is_crystal):
+        frame = dataset.frames[k]
+        volume = f"{frame.cell.volume / len(frame):.0f} A^3 per atom" if frame.cell.rank == 3 else "no cell"
+        periodic = "".join(axis for axis, on in zip("abc", frame.pbc, strict=True) if on) or "nothing"
+        problems.append(
+            (int(k), f"is no crystal (periodic along {periodic}, {volume}); dataset.crystals() keeps those that are")
+        )
+    _refuse(dataset, problems)
+
+
+def and_others(count: int) -> str:
+    """Say how many frames have the problem besides the one named."""
+    return "" if count == 1 else f" (and {count - 1} more frame{'s' if count > 2 else ''})"
+
+
+def _refuse(dataset: Dataset, problems: _Problems) -> None:
+    """Raise for the first problem, if there is one."""
+    if problems:
+        k, sentence = problems[0]
+        number = dataset.frame_numbers[k]
+        affected = len({frame for frame, _ in problems})
+        raise DataError(f"{dataset.source}: frame {number} {sentence}{and_others(affected)}")
+
+
+def _empty(dataset: Dataset) -> _Problems:
+    return [(k, "has no atoms") for k, frame in enumerate(dataset.frames) if not len(frame)]
+
+
+def _wrong_shape(dataset: Dataset) -> _Problems:
+    problems: _Problems = []
+    for k, frame in enumerate(dataset.frames):
+        stress = dataset.stresses[k]
+        for label, found, expected in (
+            ("energy", np.shape(dataset.energies[k]), ()),
+            ("forces", np.shape(dataset.forces[k]), (len(frame), 3)),
+            ("stress", (6,) if stress is None else np.shape(stress), (6,)),
+        ):
+            if found != expected:
+                problems.append(
+                    (k, f"({frame.get_chemical_formula()}): {label} must have shape {expected}, got {found}")
+                )
+    return problems
+
+
+def _not_finite(dataset: Dataset) -> _Problems:
+    problems: _Problems = []
+    for k, frame in enumerate(dataset.frames):
+        stress = dataset.stresses[k]
+        for label, values in (
+            ("position", frame.positions),
+            ("cell", frame.cell.array),
+            ("energy", dataset.energies[k : k + 1]),
+            ("forces", dataset.forces[k]),
+            ("stress", np.zeros(6) if stress is None else stress),
+        ):
+            if not np.isfinite(values).all():
+                row = int(np.argwhere(~np.isfinite(values))[0, 0])
+                atom = (
+                    f" of atom {row} ({chemical_symbols[frame.numbers[row]]})"
+                    if label in ("position", "forces")
+                    else ""
+                )
+                problems.append((k, f"has a value that is not finite: {label}{atom} is {np.array2string(values[row])}"))
+    return problems
+
+
+def _no_cell(dataset: Dataset) -> _Problems:
+    problems: _Problems = []
+    for k, frame in enumerate(dataset.frames):
+        axes = [
+            axis for axis, on, length in zip("abc", frame.pbc, frame.cell.lengths(), strict=True) if on and not length
+        ]
+        if axes:
+            problems.append((k, f"is periodic along {', '.join(axes)} but has no cell vector there"))
+        elif frame.pbc.any():
+            volume = abs(np.linalg.det(frame.cell.complete().array))
+            if volume < _SMALLEST_VOLUME_PER_ATOM * len(frame):
+                problems.append((k, f"has a cell of zero volume, or nearly: {volume:.3g} A^3 for {len(frame)} atoms"))
+    return problems
+
+
+def _overlapping(dataset: Dataset) -> _Problems:
+    problems: _Problems = []
+    for k, frame in enumerate(dataset.frames):
+        i, j, shift, distance = contacts(frame, 2 * _OVERLAP * covalent_radii[frame.numbers].max())
+        ratio = distance / (covalent_radii[frame.numbers[i]] + covalent_radii[frame.numbers[j]])
+        if ratio.size and ratio.min() < _OVERLAP:
+            worst = int(ratio.argmin())
+            a, b = (f"{atom} ({chemical_symbols[frame.numbers[atom]]})" for atom in (i[worst], j[worst]))
+            image = ", an image in a neighbouring cell" if shift[worst].any() else ""
+            problems.append((k, f"has overlapping atoms: {a} and {b}{image} are {distance[worst]:.3f} A apart"))
+    return problems
+
+
+def _impossible_energy(dataset: Dataset) -> _Problems:
+    if len(dataset) > 1 and not dataset.energies.any():
+        return [(k, "has an energy of exactly 0 eV, as have all: are they labels?") for k in range(len(dataset))]
+    hint = "units must be given if they are not eV, e.g. units='kcal/mol' or 'Hartree/Bohr'"
+    per_atom = dataset.energies / dataset.n_atoms
+    problems: _Problems = []
+    by_composition: defaultdict[str, list[int]] = defaultdict(list)
+    for k, frame in enumerate(dataset.frames):
+        by_composition[frame.symbols.formula.reduce()[0].format("hill")].append(k)
+        # the Thomas-Fermi energy, -0.7687 Z^(7/3) Hartree, lies below that of every real atom (by a fifth for iodine)
+        lowest = float((-0.7687 * HARTREE * frame.numbers ** (7 / 3)).mean())
+        if not lowest < per_atom[k] < _LARGEST_ENERGY:
+            limits = f"the energy must lie within {lowest:.0f} and {_LARGEST_ENERGY:.0f}"
+            problems.append((k, f"has {per_atom[k]:.6g} eV/atom, but {limits}; {hint}"))
+    for formula, members in by_composition.items():
+        middle = float(np.median(per_atom[members]))
+        problems += [
+            (k, f"has {per_atom[k]:.6g} eV/atom, but other frames of {formula} have about {middle:.6g}; {hint}")
+            for k in members
+            if abs(per_atom[k] - middle) > _LARGEST_ENERGY_SPREAD
+        ]
+    return problems
+
+
+def _impossible_force(dataset: Dataset) -> _Problems:
+    norms = [np.linalg.norm(forces, axis=1) for forces in dataset.forces]
+    everywhere = np.concatenate([norm for norm in norms if len(norm) > 1] or [np.ones(1)])
+    # symmetry can cancel every force of one frame, not of several different ones
+    if len(dataset) > 1 and not everywhere.any():
+        return [
+            (k, "has forces that are all exactly 0 eV/A, as have all frames: are they labels?")
+            for k, norm in enumerate(norms)
+            if len(norm) > 1
+        ]
+    largest = [(k, int(norm.argmax()), float(norm.max())) for k, norm in enumerate(norms)]
+    hint = "forces must be in eV/A, or units given, e.g. units='kcal/mol' or 'Hartree/Bohr'"
+    problems = [
+        (k, f"has a force of {value:.4g} eV/A on atom {atom} ({dataset.frames[k].symbols[atom]}); {hint}")
+        for k, atom, value in largest
+        if value > _LARGEST_FORCE
+    ]
+    median = float(np.median(everywhere))
+    if not problems and median > _LARGEST_MEDIAN_FORCE:
+        problems = [
+            (k, f"has a force of {value:.4g} eV/A on atom {atom}, the median of all frames is {median:.4g}; {hint}")
+            for k, atom, value in largest
+        ]
+    return problems or _forces_without_work(dataset)
+
+
+def _forces_without_work(dataset: Dataset) -> _Problems:
+    """Compare energy differences of similar frames with the work of their forces.
+
+    Between two frames of one cell that differ by displacements u, ``E_2 - E_1 = -(F_1 + F_2).u / 2`` up to third order.
+    The slope of one side on the other is near 1 for any labels that belong together (0.81 to 1.03 on eight public
+    sets), -1 for gradients instead of forces, 51 for forces in Hartree/Bohr beside energies in eV. Frames that are too
+    different decide nothing.
+    """
+    groups: defaultdict[tuple[bytes, bytes], list[int]] = defaultdict(list)
+    for k, frame in enumerate(dataset.frames):
+        groups[frame.numbers.tobytes(), frame.pbc.tobytes()].append(k)
+    pairs: list[tuple[int, int, float, float]] = []
+    for members in groups.values():
+        frames = [dataset.frames[k] for k in members]
+        cells = np.array([box(frame) for frame in frames])
+        fractional = np.linalg.solve(cells.mT, np.array([frame.positions for frame in frames]).mT).mT
+        forces = np.array([dataset.forces[k] for k in members])
+        energies = dataset.energies[members]
+        for gap in range(1, min(len(members), _WORK_NEIGHBOURS + 1)):
+            strain = np.linalg.solve(cells[:-gap], cells[gap:]) - np.eye(3)
+            moved = fractional[gap:] - fractional[:-gap]
+            moved -= np.where(frames[0].pbc, np.rint(moved), 0.0)
+            moved -= moved.mean(axis=1, keepdims=True)
+            displacement = moved @ (0.5 * (cells[gap:] + cells[:-gap]))
+            work = -0.5 * np.einsum("kic,kic->k", forces[gap:] + forces[:-gap], displacement)
+            near = (np.abs(strain).max(axis=(1, 2)) < _WORK_STRAIN) & (
+                np.abs(displacement).max(axis=(1, 2)) < _WORK_DISPLACEMENT
+            )
+            change = energies[gap:] - energies[:-gap]
+            pairs += [(members[a], members[a + gap], float(work[a]), float(change[a])) for a in np.flatnonzero(near)]
+    if len(pairs) < _WORK_PAIRS:
+        return []
+    work, change = np.array([pair[2:] for pair in pairs]).T
+    if not work.std() or not change.std() or abs(np.corrcoef(work, change)[0, 1]) < _WORK_CORRELATION:
+        return []
+    slope = float(work @ change / (work @ work))
+    if _WORK_SLOPES[0] < slope < _WORK_SLOPES[1]:
+        return []
+    first, second, one_work, one_change = pairs[int(np.abs(work).argmax())]
+    return [
+        (
+            min(first, second),
+            f"and frame {dataset.frame_numbers[max(first, second)]} differ by {one_change:.4g} eV, but moving the "
+            f"atoms from one to the other against the forces takes {one_work:.4g} eV (ratio {slope:.3g}, {len(pairs)} "
+            "pairs, must be near 1): energies are not in eV, forces not in eV/A, or their sign is reversed",
+        )
+    ]
+
+
+def _check_duplicates(dataset: Dataset) -> None:
+    groups = dataset.duplicates
+    copies = np.flatnonzero(groups != np.arange(len(groups)))
+    if not len(copies):
+        return
+    difference = np.abs(dataset.energies[copies] - dataset.energies[groups[copies]]) / dataset.n_atoms[copies]
+    problems = [
+        (
+            int(k),
+            f"has the geometry of frame {dataset.frame_numbers[groups[k]]} but another energy, by {gap:.4g} eV/atom",
+        )
+        for k, gap in zip(copies, difference, strict=True)
+        if gap > _LABEL_CONFLICT
+    ]
+    _refuse(dataset, problems)
+    logger.warning(
+        "%s: %d of %d frames repeat the geometry of another, the first is frame %d",
+        dataset.source,
+        len(copies),
+        len(dataset),
+        dataset.frame_numbers[copies[0]],
+    )
