@@ -23,21 +23,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import CalledProcessError
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import ase.io
 import numpy as np
 from ase import Atoms, units
-from ase.calculators.calculator import Calculator, CalculatorSetupError
+from ase.calculators.calculator import BaseCalculator, CalculatorSetupError
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import covalent_radii
 from ase.data.vdw_alvarez import vdw_radii
 from ase.filters import FrechetCellFilter
-from ase.geometry import get_distances
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
+from ase.md.velocitydistribution import Stationary
 from ase.md.verlet import VelocityVerlet
 from ase.neighborlist import neighbor_list
 from ase.optimize import BFGS
@@ -50,11 +49,14 @@ from scipy.spatial.transform import Rotation
 from tlmc.errors import ConfigError, DataError
 from tlmc.files import atomic_path, sha256_file, write_json
 
+# tlmc.datasets and tlmc.geometry are imported where they are used: they load torch, for which every worker process
+# would wait
+
 logger = logging.getLogger(__name__)
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-CalculatorFactory = Callable[[], Calculator]
+CalculatorFactory = Callable[[], BaseCalculator]
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
@@ -81,7 +83,7 @@ class TBLiteFactory:
     accuracy: float = 0.1
     """Scales tblite's convergence thresholds; at 0.1 energies are converged to about 1e-10 eV."""
 
-    def __call__(self) -> Calculator:
+    def __call__(self) -> BaseCalculator:
         """Return a new calculator.
 
         Raises
@@ -102,7 +104,7 @@ class ImportedFactory:
 
     target: str
 
-    def __call__(self) -> Calculator:
+    def __call__(self) -> BaseCalculator:
         """Return what the named function returns.
 
         Raises
@@ -113,12 +115,13 @@ class ImportedFactory:
         place, _, function = self.target.rpartition(":")
         try:
             if place.endswith(".py"):
-                calculator = runpy.run_path(place)[function]()
+                make = runpy.run_path(place)[function]
             else:
-                calculator = getattr(importlib.import_module(place), function)()
+                make = getattr(importlib.import_module(place), function)
         except (ModuleNotFoundError, FileNotFoundError, AttributeError, KeyError) as error:
             raise ConfigError(f"no calculator at {self.target!r} ({error})") from error
-        if not hasattr(calculator, "get_property"):
+        calculator = make()
+        if not isinstance(calculator, BaseCalculator):
             raise ConfigError(f"{self.target!r} must return an ASE calculator, got {type(calculator).__name__}")
         return calculator
 
@@ -175,7 +178,7 @@ class Bonds(NamedTuple):
 def find_bonds(frame: Atoms, factor: float = 1.25) -> Bonds:
     """Return the pairs closer than ``factor`` times the sum of their covalent radii."""
     first, second, shift = neighbor_list("ijS", frame, factor * covalent_radii[frame.numbers])
-    half = (first < second) | ((first == second) & (shift @ (9, 3, 1) > 0))
+    half = (first < second) | ((first == second) & (shift @ (10**8, 10**4, 1) > 0))
     return Bonds(first[half], second[half], shift[half])
 
 
@@ -196,7 +199,7 @@ def make_whole(frame: Atoms, bonds: Bonds | None = None) -> Atoms:
         If a bonded network runs through the whole crystal, so that it has no molecules.
     """
     bonds = find_bonds(frame) if bonds is None else bonds
-    whole = frame.copy()
+    whole: Atoms = frame.copy()
     steps = {}
     for i, j, shift in zip(bonds.first.tolist(), bonds.second.tolist(), bonds.shift, strict=True):
         steps[i, j], steps[j, i] = shift, -shift
@@ -222,7 +225,7 @@ def make_whole(frame: Atoms, bonds: Bonds | None = None) -> Atoms:
 
 
 def isolated_molecules(crystal: Atoms, vacuum: float = 8.0) -> list[Atoms]:
-    """Return each distinct molecule of a crystal (by formula) alone in a periodic cubic box.
+    """Return the first molecule of each formula in a crystal, alone in a periodic cubic box.
 
     Parameters
     ----------
@@ -355,7 +358,8 @@ class MolecularDynamics:
         """Return the snapshots of one run."""
         frame = strained(crystal, (1 + self.strains[run]) * np.eye(3))
         frame.calc = make()
-        MaxwellBoltzmannDistribution(frame, temperature_K=2 * self.temperatures[run], rng=default_rng(seed))
+        thermal = np.sqrt(frame.get_masses() * (units.kB * 2 * self.temperatures[run]))
+        frame.set_momenta(default_rng(seed).standard_normal((len(frame), 3)) * thermal[:, None])
         Stationary(frame)
         dynamics = VelocityVerlet(frame, timestep=self.timestep * units.fs)
         snapshots = []
@@ -370,7 +374,7 @@ Perturbation = Rattle | RigidMotion | Strain | MolecularDynamics
 
 def strained(crystal: Atoms, deformation: FloatArray) -> Atoms:
     """Return a copy with the cell multiplied by ``deformation``, shape ``(3, 3)``, molecules moved but not deformed."""
-    frame = crystal.copy()
+    frame: Atoms = crystal.copy()
     frame.set_cell(crystal.cell.array @ deformation)
     for members in find_molecules(crystal):
         centre = crystal.positions[members].mean(axis=0)
@@ -428,7 +432,10 @@ def perturb(
                 raise ConfigError("molecular dynamics needs a sampler method, got None")
             seeds = [_seed(seed, part, run) for run in range(len(step.temperatures))]
             jobs = [_Run(whole, step, run, seeds[run], sampler) for run in range(len(seeds))]
-            for job, snapshots in zip(jobs, _in_processes(_run_dynamics, jobs, processes, work), strict=True):
+            keys = [_digest(whole, repr((step, job.run, job.seed, sampler.name))) for job in jobs]
+            paths = [work / f"md-{key}.extxyz" if work else None for key in keys]
+            runs = _structures_in_processes(_run_dynamics, jobs, paths, processes)
+            for job, snapshots in zip(jobs, runs, strict=True):
                 frames += [
                     _tagged(
                         snapshot,
@@ -451,18 +458,24 @@ def _seed(seed: int, part: int, index: int) -> int:
     return int(SeedSequence((seed, part, index)).generate_state(1)[0])
 
 
-def _tagged(frame: Atoms, group: str, seed: int, words: str) -> Atoms:
-    """Return the bare geometry, rounded as it will be written, with its origin in ``info``."""
+def _bare(frame: Atoms) -> Atoms:
+    """Return the geometry alone, rounded as the file will hold it."""
     return Atoms(
         frame.numbers,
         frame.positions.round(_DECIMALS) + 0.0,  # no negative zeros
         cell=frame.cell.array.round(_DECIMALS) + 0.0,
         pbc=frame.pbc,
-        info={"group": group, "seed": seed, "perturbation": words},
     )
 
 
-class _Run(NamedTuple):
+def _tagged(frame: Atoms, group: str, seed: int, words: str) -> Atoms:
+    bare = _bare(frame)
+    bare.info = {"group": group, "seed": seed, "perturbation": words}
+    return bare
+
+
+@dataclass(frozen=True)
+class _Run:
     crystal: Atoms
     step: MolecularDynamics
     run: int
@@ -470,20 +483,8 @@ class _Run(NamedTuple):
     sampler: Method
 
 
-def _run_dynamics(job: _Run, work: Path | None) -> list[Atoms]:
-    path = None
-    if work is not None:
-        digest = _digest(job.crystal, repr((job.step, job.run, job.seed, job.sampler.name)))
-        path = work / f"md-{digest}.extxyz"
-        if path.is_file():
-            found: list[Atoms] = ase.io.read(path, ":")
-            return found
-    started = time.perf_counter()
-    snapshots = [_tagged(s, "md", job.seed, "") for s in job.step.run(job.crystal, job.run, job.seed, job.sampler.make)]
-    logger.info("run %d at %g K: %.0f s", job.run, job.step.temperatures[job.run], time.perf_counter() - started)
-    if path is not None:
-        _write_frames(path, snapshots)
-    return snapshots
+def _run_dynamics(job: _Run) -> list[Atoms]:
+    return [_bare(snapshot) for snapshot in job.step.run(job.crystal, job.run, job.seed, job.sampler.make)]
 
 
 # --- screening ---------------------------------------------------------------------------------------------------
@@ -492,7 +493,7 @@ def _run_dynamics(job: _Run, work: Path | None) -> list[Atoms]:
 class Rejection(NamedTuple):
     """A frame left out: its place in the list and why."""
 
-    index: int
+    frame: int
     reason: str
 
 
@@ -524,34 +525,28 @@ def screen(
         Atoms of different molecules closer than this times the sum of van der Waals radii overlap; so do any two
         closer than 0.65 times the sum of covalent radii.
     duplicate_tolerance
-        Two frames are duplicates if cell edges and sorted interatomic distances differ by less, Angstrom; rotated,
-        translated, mirrored and renumbered copies are found too.
+        See `tlmc.geometry.duplicate_groups`, Angstrom.
     """
-    bonded = find_bonds(reference, bond_factor).pairs()
-    kept: list[Atoms] = []
-    fingerprints: list[FloatArray] = []
-    rejected = []
+    from tlmc.geometry import duplicate_groups
+
+    bonded = Counter(find_bonds(reference, bond_factor).pairs())
+    copy_of = duplicate_groups(frames, duplicate_tolerance)
+    kept, rejected = [], []
     for index, frame in enumerate(frames):
         reason = _broken(frame, bonded, bond_factor) or _overlap(frame, bond_factor, contact_factor)
-        if not reason:
-            fingerprint = _fingerprint(frame)
-            for other, known in zip(kept, fingerprints, strict=True):
-                if len(known) == len(fingerprint) and np.abs(known - fingerprint).max() < duplicate_tolerance:
-                    reason = f"duplicate of the frame with seed {other.info.get('seed')}"
-                    break
+        if not reason and copy_of[index] != index:
+            reason = f"duplicate of frame {copy_of[index]}"
         if reason:
             rejected.append(Rejection(index, reason))
-            continue
-        kept.append(frame)
-        fingerprints.append(fingerprint)
-    for index, reason in rejected:
-        logger.info("frame %d left out: %s", index, reason)
+            logger.info("frame %d left out: %s", index, reason)
+        else:
+            kept.append(frame)
     return Screened(kept, rejected)
 
 
-def _broken(frame: Atoms, bonded: list[tuple[int, int]], factor: float) -> str:
+def _broken(frame: Atoms, bonded: Counter[tuple[int, int]], factor: float) -> str:
     bonds = Counter(find_bonds(frame, factor).pairs())
-    changed = {"formed": bonds - Counter(bonded), "broken": Counter(bonded) - bonds}
+    changed = {"formed": bonds - bonded, "broken": bonded - bonds}
     for what, pairs in changed.items():
         for i, j in pairs:
             return f"bond {what} between {frame.symbols[i]}{i} and {frame.symbols[j]}{j}"
@@ -581,17 +576,6 @@ def _overlap(frame: Atoms, bond_factor: float, contact_factor: float) -> str:
     return f"{names[0]} and {names[1]} overlap at {distances[k]:.3f} A, limit {limits[k]:.3f} A"
 
 
-def _fingerprint(frame: Atoms) -> FloatArray:
-    """Return cell edges and, per pair of elements, sorted nearest-image distances: free of frame and numbering."""
-    distances = frame.get_all_distances(mic=bool(frame.pbc.any()))
-    parts = [np.sort(frame.cell.lengths())]
-    elements = np.unique(frame.numbers)
-    for a, first in enumerate(elements):
-        for second in elements[a:]:
-            parts.append(np.sort(distances[np.ix_(frame.numbers == first, frame.numbers == second)], axis=None))
-    return np.concatenate(parts)
-
-
 # --- relaxation --------------------------------------------------------------------------------------------------
 
 
@@ -613,18 +597,12 @@ def relax(
     """
     frame = structure.copy()
     frame.calc = method.make()
-    target = FrechetCellFilter(frame, scalar_pressure=pressure) if cell else frame
-    optimizer = BFGS(target, logfile=None)
+    optimizer = BFGS(FrechetCellFilter(frame, scalar_pressure=pressure) if cell else frame, logfile=None)  # type: ignore[arg-type]
     if not optimizer.run(fmax=fmax, steps=steps):
         logger.warning(
             "%s is not relaxed to %g eV/A after %d steps", structure.get_chemical_formula(), fmax, optimizer.nsteps
         )
-    return Atoms(
-        frame.numbers,
-        frame.positions.round(_DECIMALS) + 0.0,
-        cell=frame.cell.array.round(_DECIMALS) + 0.0,
-        pbc=frame.pbc,
-    )
+    return _bare(frame)
 
 
 # --- labels ------------------------------------------------------------------------------------------------------
@@ -694,15 +672,28 @@ def label(
         raise DataError(f"no frames to label for {target}")
     folder = (work or target.with_name(target.name + ".parts")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [_Job_(index, _bare(frame), method, retry_failed) for index, frame in enumerate(frames)]
-    results = _in_processes(_label_one, jobs, processes, folder)
+    geometries = [_bare(frame) for frame in frames]
+    digests = [_digest(geometry, method.name) for geometry in geometries]
+    # equal geometries are computed once
+    results: dict[str, _Label] = {}
+    jobs = {}
+    for digest, geometry in zip(digests, geometries, strict=True):
+        job = _Calculation(geometry, method, folder / digest)
+        if job.part.is_file():
+            found = _Label(**json.loads(job.part.read_text()))
+            if not (found.error and retry_failed):
+                results[digest] = found
+                continue
+        jobs[digest] = job
+    reused = sum(digest in results for digest in digests)
+    results.update(zip(jobs, _in_processes(_label_one, list(jobs.values()), processes), strict=True))
     labelled, failed = [], []
-    for index, (frame, result) in enumerate(zip(frames, results, strict=True)):
+    for index, (frame, copy, digest) in enumerate(zip(frames, geometries, digests, strict=True)):
+        result = results[digest]
         if result.error:
             failed.append(Rejection(index, result.error))
             logger.warning("frame %d has no label: %s", index, result.error)
             continue
-        copy = _bare(frame)
         copy.info = {**frame.info, "level_of_theory": method.name}
         stress = None if result.stress is None else np.array(result.stress)
         copy.calc = SinglePointCalculator(copy, energy=result.energy, forces=np.array(result.forces), stress=stress)
@@ -715,19 +706,25 @@ def label(
         sha256=sha256_file(target),
         level_of_theory=method.name,
         labelled=len(labelled),
-        reused=sum(result.reused for result in results),
+        reused=reused,
         failed=tuple(failed),
-        seconds_per_label=float(np.median([result.seconds for result in results if not result.error])),
+        seconds_per_label=float(np.median([result.seconds for result in results.values() if not result.error])),
     )
     logger.info("%s: %d frames labelled, %d failed", target, report.labelled, len(failed))
     return report
 
 
-class _Job_(NamedTuple):  # noqa: N801
-    index: int
+@dataclass(frozen=True)
+class _Calculation:
     frame: Atoms
     method: Method
-    retry_failed: bool
+    folder: Path
+    """Scratch."""
+
+    @property
+    def part(self) -> Path:
+        """Where the label is kept."""
+        return self.folder.with_suffix(".json")
 
 
 class _Label(NamedTuple):
@@ -736,38 +733,21 @@ class _Label(NamedTuple):
     stress: list[float] | None
     seconds: float
     error: str = ""
-    reused: bool = False
 
 
-def _bare(frame: Atoms) -> Atoms:
-    """Return the geometry alone, as the file will hold it."""
-    return _tagged(frame, "", 0, "")
-
-
-def _label_one(job: _Job_, folder: Path | None) -> _Label:
-    assert folder is not None
-    name = _digest(job.frame, job.method.name)
-    part = folder / f"{name}.json"
-    if part.is_file():
-        found = _Label(**json.loads(part.read_text()))
-        if not (found.error and job.retry_failed):
-            return found._replace(reused=True)
-    scratch = folder / name
-    scratch.mkdir(exist_ok=True)
+def _label_one(job: _Calculation) -> _Label:
+    job.folder.mkdir(exist_ok=True)
     started = time.perf_counter()
-    with contextlib.chdir(scratch):
+    with contextlib.chdir(job.folder):
         result = _calculate(job.frame, job.method.make())
     result = result._replace(seconds=round(time.perf_counter() - started, 3))
     with contextlib.suppress(OSError):  # kept where the calculator left files
-        scratch.rmdir()
-    content = result._asdict()
-    del content["reused"]
-    write_json(part, content)
-    logger.info("frame %d: %s in %.1f s", job.index, result.error or "done", result.seconds)
+        job.folder.rmdir()
+    write_json(job.part, result._asdict())
     return result
 
 
-def _calculate(frame: Atoms, calculator: Calculator) -> _Label:
+def _calculate(frame: Atoms, calculator: BaseCalculator) -> _Label:
     """Return the label, or the reason why a calculation that was set up well did not succeed."""
     wanted = ["energy", "forces"]
     if frame.pbc.all():
@@ -793,8 +773,9 @@ def _calculate(frame: Atoms, calculator: Calculator) -> _Label:
 
 
 def _digest(frame: Atoms, words: str) -> str:
-    parts = (frame.numbers.astype("<i8"), frame.pbc, frame.cell.array.astype("<f8"), frame.positions.astype("<f8"))
-    return hashlib.sha256(b"".join(part.tobytes() for part in parts) + words.encode()).hexdigest()[:24]
+    from tlmc.geometry import frame_hash
+
+    return hashlib.sha256((frame_hash(frame) + words).encode()).hexdigest()[:24]
 
 
 def _write_frames(target: Path, frames: Sequence[Atoms]) -> None:
@@ -805,28 +786,46 @@ def _write_frames(target: Path, frames: Sequence[Atoms]) -> None:
 # --- processes ---------------------------------------------------------------------------------------------------
 
 
-def _in_processes(
-    work: Callable[[_Job, Path | None], _Result], jobs: Sequence[_Job], processes: int, folder: Path | None
-) -> list[_Result]:
-    """Return ``work(job, folder)`` of every job, computed in fresh processes of one thread each."""
+def _structures_in_processes(
+    work: Callable[[_Job], list[Atoms]], jobs: Sequence[_Job], paths: Sequence[Path | None], processes: int
+) -> list[list[Atoms]]:
+    """Return ``work(job)`` of every job, read from its file if that exists, else written there."""
+    found = [list(ase.io.iread(path)) if path is not None and path.is_file() else None for path in paths]
+    tasks = [(work, job, path) for job, path, frames in zip(jobs, paths, found, strict=True) if frames is None]
+    new = iter(_in_processes(_work_and_write, tasks, processes))
+    return [next(new) if frames is None else frames for frames in found]
+
+
+def _work_and_write(task: tuple[Callable[[_Job], list[Atoms]], _Job, Path | None]) -> list[Atoms]:
+    work, job, path = task
+    frames = work(job)
+    if path is not None:
+        _write_frames(path, frames)
+    return frames
+
+
+def _in_processes(work: Callable[[_Job], _Result], jobs: Sequence[_Job], processes: int) -> list[_Result]:
+    """Return ``work(job)`` of every job, computed in fresh processes of one thread each."""
     if processes < 1:
         raise ConfigError(f"processes must be at least 1, got {processes}")
+    if not jobs:
+        return []
     results: dict[int, _Result] = {}
     # spawned, not forked: a fork copies the parent's thread pools in whatever state they are
     context = multiprocessing.get_context("spawn")
     with (
         _one_thread(),
-        ProcessPoolExecutor(min(processes, max(len(jobs), 1)), context, initializer=_end_with_parent) as pool,
+        ProcessPoolExecutor(min(processes, len(jobs)), context, initializer=_end_with_parent) as pool,
     ):
-        futures = {pool.submit(work, job, folder): index for index, job in enumerate(jobs)}
+        futures = {pool.submit(work, job): index for index, job in enumerate(jobs)}
         try:
             for future in as_completed(futures):
                 results[futures[future]] = future.result()
                 logger.info("%d of %d done", len(results), len(jobs))
         except BrokenProcessPool as error:
             raise DataError(
-                f"a process died, perhaps for lack of memory, with {len(results)} of {len(jobs)} calculations done in "
-                f"{folder}; run again to go on from there"
+                f"a process died, perhaps for lack of memory, with {len(results)} of {len(jobs)} calculations done; "
+                "run again to go on from there"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
@@ -885,7 +884,6 @@ class Recipe:
     """Relax the cell too, or keep the experimental one."""
     vacuum: float = 8.0
     """Distance from an isolated molecule to the faces of its box, Angstrom."""
-    note: str = field(default="", compare=False)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -919,15 +917,17 @@ RECIPES: dict[str, Recipe] = {
 
 
 def read_structure(source: str) -> Atoms:
-    """Read a structure from ``pyxtal:<name>`` or a file.
+    """Read a structure from ``pyxtal:<name>`` or, the last one, from a file.
 
     Raises
     ------
     ConfigError
         If PyXtal is not installed or has no CIF of this name.
     DataError
-        If the file does not exist.
+        If the file cannot be read.
     """
+    from tlmc.datasets import read_frames
+
     if source.startswith("pyxtal:"):
         # found without importing PyXtal, which takes seconds
         spec = importlib.util.find_spec("pyxtal")
@@ -939,13 +939,11 @@ def read_structure(source: str) -> Atoms:
             raise ConfigError(f"PyXtal has no CIF {source.partition(':')[2]!r}; it has {known}")
     else:
         path = Path(source)
-        if not path.is_file():
-            raise DataError(f"{path} does not exist")
     with warnings.catch_warnings():
         # the symmetry operations listed in the file are used, so the setting it names is not needed
         warnings.filterwarnings("ignore", "crystal system .* is not interpreted", UserWarning)
-        atoms = ase.io.read(path)
-    return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+        found = read_frames(path)[-1]
+    return Atoms(found.numbers, found.positions, cell=found.cell, pbc=found.pbc)
 
 
 def build(
@@ -987,29 +985,26 @@ def build(
         for frame in drawn:
             frame.info["group"] = "molecule"
         screened = screen(drawn, alone)
+        rejected += [Rejection(len(frames) + len(rejected) + k, reason) for k, reason in screened.rejected]
         frames += screened.frames
-        rejected += screened.rejected
     report = label(frames, labels, target, processes, folder, retry_failed)
     return replace(report, rejected=tuple(rejected))
 
 
-def _relaxed(structure: Atoms, labels: Method, recipe: Recipe, cell: bool, folder: Path) -> Atoms:
-    """Return the relaxed structure, from the work folder if it is there."""
-    job = _Relaxation(structure, labels, recipe.fmax, cell)
-    return _in_processes(_relax_one, [job], 1, folder)[0]
-
-
-class _Relaxation(NamedTuple):
+@dataclass(frozen=True)
+class _Relaxation:
     structure: Atoms
     method: Method
     fmax: float
     cell: bool
 
 
-def _relax_one(job: _Relaxation, folder: Path | None) -> Atoms:
-    assert folder is not None
-    path = folder / f"relaxed-{_digest(job.structure, repr((job.method.name, job.fmax, job.cell)))}.extxyz"
-    if not path.is_file():
-        _write_frames(path, [relax(job.structure, job.method, job.fmax, cell=job.cell)])
-    found: Atoms = ase.io.read(path)
-    return found
+def _relaxed(structure: Atoms, labels: Method, recipe: Recipe, cell: bool, folder: Path) -> Atoms:
+    """Return the structure relaxed in a process of one thread, from the work folder if it is there."""
+    path = folder / f"relaxed-{_digest(structure, repr((labels.name, recipe.fmax, cell)))}.extxyz"
+    job = _Relaxation(structure, labels, recipe.fmax, cell)
+    return _structures_in_processes(_relax_one, [job], [path], 1)[0][0]
+
+
+def _relax_one(job: _Relaxation) -> list[Atoms]:
+    return [relax(job.structure, job.method, job.fmax, cell=job.cell)]
