@@ -14,7 +14,7 @@ import pytest
 import yaml
 from nbformat import v4
 
-from tlmc import study
+from tlmc import profiles
 from tlmc.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,7 +95,7 @@ class TestEveryNotebook:
         assert re.fullmatch(r"\d\d_[a-z0-9_]+", path.stem)
 
     def test_parameters_are_literals_one_a_line_with_the_smoke_profile(self, path):
-        defaults = study.notebook_defaults(path)
+        defaults = profiles.notebook_defaults(path)
         [cell] = [c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
         lines = [line for line in cell.source.splitlines() if line and not line.startswith("#")]
         assert len(lines) == len(defaults)
@@ -115,13 +115,13 @@ class TestEveryNotebook:
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_profile_files_name_parameters_of_their_notebook(path):
-    defaults = study.notebook_defaults(ROOT / "notebooks" / f"{path.stem}.ipynb")
+    defaults = profiles.notebook_defaults(ROOT / "notebooks" / f"{path.stem}.ipynb")
     assert set(yaml.safe_load(path.read_text()) or {}) <= set(defaults)
 
 
-@pytest.mark.parametrize("name", study.available_profiles())
+@pytest.mark.parametrize("name", profiles.available_profiles())
 def test_profiles_load_and_pin_their_start_model(name):
-    profile = study.load_profile(name)
+    profile = profiles.load_profile(name)
     # a fresh machine reaches ani2xt through the package index alone; the thesis' own model is that of the full profile
     assert profile.start_model == ("ani2x" if name == "full" else "ani2xt")
     assert all(step.parameters.get("profile_name", name) == name for step in profile.steps)
@@ -129,7 +129,7 @@ def test_profiles_load_and_pin_their_start_model(name):
 
 def test_laptop_and_full_run_every_notebook():
     for name in ("laptop", "full"):
-        assert [step.notebook for step in study.load_profile(name).steps] == NOTEBOOKS
+        assert [step.notebook for step in profiles.load_profile(name).steps] == NOTEBOOKS
 
 
 def good_notebook() -> Any:
@@ -203,7 +203,7 @@ def test_a_profile_of_an_unknown_key_is_refused(tmp_path, monkeypatch):
     (folder / "07_x.yml").write_text("b: 1\n")
     monkeypatch.setenv("TLMC_ROOT", str(tmp_path))
     with pytest.raises(ConfigError, match=r"bad/07_x\.yml \(07_x\): unknown parameter 'b'; the notebook has a"):
-        study.load_profile("bad")
+        profiles.load_profile("bad")
 
 
 def test_the_comparison_of_notebooks_writes_to_a_folder_of_its_own(tmp_path):

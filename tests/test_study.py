@@ -15,9 +15,10 @@ import nbformat
 import pytest
 from nbformat import v4
 
-from tlmc import study
+from tlmc import outcomes, profiles, study
 from tlmc.errors import ConfigError, StudyError
 from tlmc.evaluation.records import append_records
+from tlmc.provenance import package_versions
 
 # nbformat and the kernel's sockets warn about things outside this package
 pytestmark = [
@@ -68,26 +69,26 @@ def executed_text(root: Path, name: str, profile: str = "quick") -> str:
 
 class TestProfile:
     def test_smoke_is_every_notebook_with_its_defaults(self, root):
-        profile = study.load_profile("smoke")
+        profile = profiles.load_profile("smoke")
         assert [step.name for step in profile.steps] == ["01_first", "02_second"]
         assert profile.steps[0].changes == {}
         assert profile.steps[0].parameters == {"profile_name": "smoke", "lr": 0.1, "steps": 3, "fast": True}
-        assert study.available_profiles() == ("smoke", "quick")
+        assert profiles.available_profiles() == ("smoke", "quick")
 
     def test_yaml_values_take_the_types_of_the_defaults(self, root):
         # YAML 1.1 reads 1e-3 as text
-        changes = study.load_profile("quick").steps[0].changes
+        changes = profiles.load_profile("quick").steps[0].changes
         assert changes == {"profile_name": "quick", "lr": 0.001, "steps": 2}
         assert isinstance(changes["lr"], float)
 
     def test_overrides_reach_the_notebooks_that_have_them(self, root):
-        first, second = study.load_profile("quick", parameters={"seed": "7"}).steps
+        first, second = profiles.load_profile("quick", parameters={"seed": "7"}).steps
         assert second.parameters == {"seed": 7}
         assert "seed" not in first.parameters
 
     @pytest.mark.parametrize("wanted", ["02", "02_second", "02_second.ipynb"])
     def test_notebooks_are_chosen_by_name_or_number(self, root, wanted):
-        assert [step.name for step in study.load_profile("quick", [wanted]).steps] == ["02_second"]
+        assert [step.name for step in profiles.load_profile("quick", [wanted]).steps] == ["02_second"]
 
     @pytest.mark.parametrize(
         ("yml", "sentence"),
@@ -118,20 +119,20 @@ class TestProfile:
 
     def test_an_unknown_override_lists_what_there_is(self, root):
         with pytest.raises(ConfigError, match="no notebook of this run has a parameter epochs; they have fast, lr"):
-            study.load_profile("quick", parameters={"epochs": 3})
+            profiles.load_profile("quick", parameters={"epochs": 3})
 
     def test_unknown_profile_and_notebook_list_what_there_is(self, root):
         with pytest.raises(ConfigError, match="no profile 'fast': there are smoke, quick"):
-            study.load_profile("fast")
+            profiles.load_profile("fast")
         with pytest.raises(ConfigError, match="'quick' has no notebook 03; it has 01_first, 02_second"):
-            study.load_profile("quick", ["03"])
+            profiles.load_profile("quick", ["03"])
 
     def test_a_profile_names_one_start_model(self, root):
         write_notebook(root / "notebooks", "01_first", 'start_model = "ani2x"')
         write_notebook(root / "notebooks", "02_second", 'start_model = "ani2xt"')
         with pytest.raises(ConfigError, match=r"one start model.*01_first: ani2x, 02_second: ani2xt"):
-            study.load_profile("smoke")
-        assert study.load_profile("smoke", ["02"]).start_model == "ani2xt"
+            profiles.load_profile("smoke")
+        assert profiles.load_profile("smoke", ["02"]).start_model == "ani2xt"
 
     @pytest.mark.parametrize(
         ("cell", "sentence"),
@@ -145,17 +146,17 @@ class TestProfile:
     def test_a_parameters_cell_holds_literals_only(self, root, cell, sentence):
         write_notebook(root / "notebooks", "01_first", cell)
         with pytest.raises(ConfigError, match=re.escape(sentence)):
-            study.notebook_defaults(root / "notebooks" / "01_first.ipynb")
+            profiles.notebook_defaults(root / "notebooks" / "01_first.ipynb")
 
     def test_a_notebook_needs_a_parameters_cell(self, root):
         nbformat.write(v4.new_notebook(cells=[v4.new_code_cell("a = 1")]), root / "notebooks" / "01_first.ipynb")
         with pytest.raises(ConfigError, match="expected one cell tagged 'parameters', found 0"):
-            study.load_profile("smoke")
+            profiles.load_profile("smoke")
 
     def test_a_profile_of_a_missing_notebook_names_the_file(self, root):
         (root / "notebooks" / "02_second.ipynb").unlink()
         with pytest.raises(ConfigError, match=r"02_second\.ipynb does not exist"):
-            study.load_profile("quick")
+            profiles.load_profile("quick")
 
 
 class TestRun:
@@ -238,7 +239,7 @@ class TestRun:
         write_notebook(root / "notebooks", "02_second", "seed = 0", answer=None)
         with pytest.raises(StudyError, match=r"02_second ended without writing .*02\.json"):
             study.run_study("quick", ["02"])
-        assert study.read_record(root / "out", "quick", "02_second") is None
+        assert outcomes.read_record(root / "out", "quick", "02_second") is None
 
     def test_a_dead_kernel_is_said_to_be_one(self, root):
         write_notebook(root / "notebooks", "02_second", "seed = 0", "import os\nos.kill(os.getpid(), 9)")
@@ -249,7 +250,7 @@ class TestRun:
         study.run_study("quick", ["01"])
         study.run_study("smoke", ["01"])
         assert metrics(root, "01") == {"answer": pytest.approx(0.3)}
-        assert study.read_record(root / "out", "quick", "01_first") is None
+        assert outcomes.read_record(root / "out", "quick", "01_first") is None
         study.run_study("quick", ["01"])
         assert metrics(root, "01") == {"answer": 0.002}
 
@@ -269,8 +270,8 @@ class TestRun:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
         assert "KeyboardInterrupt" in errors
-        assert study.read_record(root / "out", "quick", "01_first") is not None
-        assert study.read_record(root / "out", "quick", "02_second") is None
+        assert outcomes.read_record(root / "out", "quick", "01_first") is not None
+        assert outcomes.read_record(root / "out", "quick", "02_second") is None
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / "pid").read_text()), 0)
 
@@ -288,7 +289,7 @@ class TestReport:
         assert "0.0531" in page
         assert "data:image/png;base64,iVBORw==" in page
         assert "answer</th><td>0.002</td>" in page
-        for name, version in study.package_versions().items():
+        for name, version in package_versions().items():
             assert f"{name} {version}" in page
         recorded = json.loads((root / "out" / "metrics" / "01.json").read_text())
         assert recorded["git_revision"] in page
@@ -308,17 +309,17 @@ class TestReport:
 class TestWriteMetrics:
     def test_content(self, tmp_path, monkeypatch):
         monkeypatch.setenv("TLMC_REPORTS_DIR", str(tmp_path))
-        path = study.write_metrics("07_fine_tuning", {"force_rmse_vector_eV_per_A": 0.05})
+        path = outcomes.write_metrics("07_fine_tuning", {"force_rmse_vector_eV_per_A": 0.05})
         assert path == tmp_path / "metrics" / "07.json"
         content = json.loads(path.read_text())
         assert content["notebook"] == "07_fine_tuning"
         assert content["metrics"] == {"force_rmse_vector_eV_per_A": 0.05}
-        assert content["versions"] == study.package_versions()
+        assert content["versions"] == package_versions()
 
     def test_names_and_values_are_checked(self, tmp_path, monkeypatch):
         monkeypatch.setenv("TLMC_REPORTS_DIR", str(tmp_path))
         with pytest.raises(ConfigError, match="named like '07_fine_tuning', got 'fine_tuning'"):
-            study.write_metrics("fine_tuning", {})
+            outcomes.write_metrics("fine_tuning", {})
         with pytest.raises(ConfigError, match="07_fine_tuning: a metric is not a finite number"):
-            study.write_metrics("07_fine_tuning", {"x": float("nan")})
+            outcomes.write_metrics("07_fine_tuning", {"x": float("nan")})
         assert not (tmp_path / "metrics").exists() or not list((tmp_path / "metrics").iterdir())

@@ -20,7 +20,8 @@ from nbconvert import HTMLExporter
 from tlmc.errors import DataError
 from tlmc.evaluation.records import comparison_table, format_comparison, read_records
 from tlmc.files import write_text
-from tlmc.study import Profile, load_profile, read_metrics, read_record
+from tlmc.outcomes import read_metrics, read_record
+from tlmc.profiles import Profile, load_profile
 
 MEDIA_TYPES: Final = {".png": "image/png", ".svg": "image/svg+xml"}
 
