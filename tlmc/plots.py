@@ -549,6 +549,8 @@ def density_landscape(
     ax = _axes(ax)
     for colour, (name, chosen) in zip(_colours(len(named)), named.items(), strict=True):
         part = chosen & crystal
+        if not part.any():
+            continue
         ax.scatter(density[part], energies[part], s=9, color=colour, alpha=0.7, linewidth=0, label=name)
     ax.set(xlabel="density (g/cm³)", ylabel="E/N above the lowest (meV/atom)")
     ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
@@ -949,7 +951,8 @@ def environment_vector(vector: ArrayLike, parameters: AEVParameters, symbols: Se
             left.plot(parameters.shifts_radial, part, "o-", markersize=2.5, color=colour, label=symbol)
     left.axvline(parameters.r_cut_radial, **_REFERENCE, label="cutoff")
     left.set(xlabel="distance $R_s$ (Å)", ylabel="radial term", ylim=(0, None))
-    left.legend(title="neighbour", title_fontsize=7)
+    # above the panel: peaks may lie anywhere in it
+    left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5)
     present = {pair: part for pair, part in angular.items() if part.any()}
     if present:
         n_rows = len(parameters.shifts_angular)
@@ -963,7 +966,7 @@ def environment_vector(vector: ArrayLike, parameters: AEVParameters, symbols: Se
         bar.set_label("angular term")
         bar.outline.set_linewidth(0.4)
         bar.ax.tick_params(which="both", **_TICKS)
-    right.set(xlabel="angle $\\theta_s$", ylabel="pair of neighbours, $R_s$ growing downwards")
+    right.set(xlabel="angle $\\theta_s$", ylabel="pair of neighbours")
     for ax in (left, right):
         _finish(ax)
     return figure
