@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 
 import numpy as np
@@ -103,6 +104,21 @@ def test_too_small_a_disk_is_refused_before_it_fills(tmp_path, monkeypatch):
     ):
         build_cache(toy_potential(), frames(), torch.float32, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_oldest_caches_make_room(tmp_path, monkeypatch):
+    def build(seed):
+        frame = small_cell()
+        frame.positions += 0.01 * seed
+        return build_cache(toy_potential(), [frame], torch.float32, tmp_path).folder
+
+    first, second = build(0), build(1)
+    os.utime(first, (2e9, 2e9))  # opened last
+    size = sum(file.stat().st_size for file in first.iterdir())
+    monkeypatch.setenv("TLMC_CACHE_GB", str(2.5 * size / 1e9))
+    third = build(2)
+    assert {path.name for path in tmp_path.iterdir()} == {first.name, third.name}
+    assert not second.exists()
 
 
 def test_progress_counts_frames(tmp_path):

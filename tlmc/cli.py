@@ -39,6 +39,8 @@ TORCHANI_DATA_DIR: folder of torchani that holds StateDicts/ani2x_state_dict.pt
 
 TLMC_CACHE_DIR: downloads and descriptor caches (default: the user's cache folder)
 
+TLMC_CACHE_GB: size of all descriptor caches beyond which the oldest go (default: 10)
+
 TLMC_REPORTS_DIR: metrics, figures, runs and the report (default: reports/ of the checkout)
 
 TLMC_THREADS: threads that a command and the notebooks it runs may use (default: one per core)

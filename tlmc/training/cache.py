@@ -15,6 +15,7 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -29,12 +30,14 @@ from torch import Tensor
 
 from tlmc import paths
 from tlmc.descriptors.aev import BLOCK, aev, aev_jacobian, neighbours
-from tlmc.errors import DataError
+from tlmc.errors import ConfigError, DataError
 from tlmc.files import write_json
 from tlmc.geometry import frame_hash
 from tlmc.potentials.model import Potential
 
 LAYOUT_VERSION = 1
+DEFAULT_LIMIT_GB = 10.0
+"""Size of all descriptor caches together beyond which the oldest are removed; ``TLMC_CACHE_GB`` sets another."""
 _LOG = logging.getLogger(__name__)
 _ARRAYS = {
     "G": None,
@@ -147,7 +150,30 @@ def build_cache(
                 raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+        _evict(folder, keep=target)
+    os.utime(target)
     return _open(target)
+
+
+def _evict(folder: Path, keep: Path) -> None:
+    """Remove the caches that have not been opened for longest while all together are larger than the limit."""
+    given = os.environ.get("TLMC_CACHE_GB", str(DEFAULT_LIMIT_GB))
+    try:
+        limit = float(given) * 1e9
+    except ValueError as error:
+        raise ConfigError(f"TLMC_CACHE_GB must be a number of gigabytes, got {given!r}") from error
+    by_age = sorted((path for path in folder.iterdir() if _is_complete(path)), key=lambda path: path.stat().st_mtime)
+    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in by_age}
+    for path in by_age:
+        if path != keep and sum(sizes.values()) > limit:
+            _LOG.info(
+                "removing the descriptor cache %s, %.1f GB, to stay below %.1f GB",
+                path,
+                sizes.pop(path) / 1e9,
+                limit / 1e9,
+            )
+            # a process that still reads it keeps its maps until it ends
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _key(model: Potential, frames: Sequence[Atoms], species: Sequence[Tensor], dtype: torch.dtype) -> str:
