@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import labelled
 import matplotlib as mpl
@@ -345,6 +346,14 @@ class TestDistributions:
         # 18.015 u in 4.5 x 6 x 6 A^3
         np.testing.assert_allclose(ax.collections[0].get_offsets().tolist(), [[18.015 * 1.66054 / 162, 0]], rtol=1e-4)
 
+    def test_groups_without_a_crystal_are_not_named(self, pair):
+        labels = pair[0]
+        boxed = labels.frames[0].copy()
+        boxed.set_cell([40, 40, 40])
+        mixed = replace(labels, frames=(boxed, *labels.frames[1:]))
+        groups = ["box", *["cell"] * (len(labels) - 1)]
+        assert legend(plots.density_landscape(mixed, groups=groups)) == ["cell"]
+
     def test_density_of_molecules(self):
         labels = labelled.dataset(["H2O"], [-12.0], [np.zeros((3, 3))])
         labels.frames[0].pbc = False
@@ -458,7 +467,7 @@ class TestValidationCurves:
         assert [len(line.get_xdata()) for line in ax.lines] == [30, 10, 20]
         colours = [line.get_color() for line in ax.lines]
         assert colours[0] == colours[1] != colours[2]
-        assert (ax.get_yscale(), ax.get_ylabel()) == ("log", "force RMSE of validation, vector (eV/Å)")
+        assert (ax.get_yscale(), ax.get_ylabel()) == ("log", "force RMSE, vector (eV/Å)")
 
     def test_energies_are_in_mev(self):
         ax = plots.validation_curves({"short": [history()]}, quantity="energy_rmse_per_atom")
@@ -502,6 +511,7 @@ class TestEnergyVolume:
         assert legend(ax) == ["labelled frames", "start", "short"]
         assert ax.collections[0].get_offsets().tolist() == [[10.5, 0.2]]
         assert [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "D"] == [10.0, 11.0]
+        assert ax.get_ylim() == pytest.approx((-0.6, 6.0))
 
     def test_shapes(self):
         with pytest.raises(DataError, match=r"need \(3,\) energies each, got {'start': \(2,\)}"):

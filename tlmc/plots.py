@@ -22,6 +22,7 @@ from ase import units
 from ase.data import atomic_numbers, covalent_radii
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -811,7 +812,7 @@ def validation_curves(
     if any(values.size for values in drawn):
         _log_axis(ax, *(float(extreme(np.concatenate(drawn))) for extreme in (np.min, np.max)))
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    ax.set(xlabel="epoch", ylabel=_CURVES[quantity].replace(" RMSE", " RMSE of validation"))
+    ax.set(xlabel="epoch, validation part", ylabel=_CURVES[quantity])
     ax.legend()
     return _finish(ax)
 
@@ -849,13 +850,11 @@ def error_against_force(tables: Mapping[str, pd.DataFrame], ax: Axes | None = No
             table["force_rms"], table["force_rmse_vector"], s=9, color=colour, alpha=0.7, linewidth=0, label=name
         )
     force = np.concatenate(both)
-    ends = [force[force > 0].min(initial=1.0), force.max(initial=1.0)]
+    ends = [float(force[force > 0].min(initial=1.0)), float(force.max(initial=1.0))]
     ax.plot(ends, ends, zorder=0, **_REFERENCE)
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axis.set_minor_formatter(NullFormatter())
+    ax.set_xscale("log")
+    _log_ticks(ax.xaxis, ends[1] / ends[0])
+    _log_axis(ax, *ax.get_ylim())
     ax.set(xlabel="RMS of the labelled |F| of a frame (eV/Å)", ylabel="force RMSE of the frame, vector (eV/Å)")
     # above the panel: anywhere in it points may lie
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
@@ -881,7 +880,7 @@ def energy_volume(
     ax
         Where to draw.
     points
-        Volumes and energies of labelled frames, drawn as grey points where they lie in the range of the volumes.
+        Volumes and energies of labelled frames, drawn as grey points as far as they lie near the curves.
 
     Raises
     ------
@@ -903,8 +902,12 @@ def energy_volume(
         lowest = int(np.argmin(energies))
         ax.plot(x[lowest], energies[lowest], "D", color=colour, markersize=5, markerfacecolor="none")
     ax.axhline(0, **_REFERENCE | {"linestyle": ":"})
+    lower, upper = min(e.min() for e in lines.values()), max(e.max() for e in lines.values())
+    # hot frames lie far above and would flatten the curves
+    ax.set_ylim(lower - 0.2 * (upper - lower or 1.0), upper + (upper - lower or 1.0))
     ax.set(xlabel="volume (Å³ per molecule)", ylabel="energy (eV per molecule)")
-    ax.legend()
+    # above the panel: anywhere in it points may lie
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, columnspacing=1)
     return _finish(ax)
 
 
@@ -1021,11 +1024,14 @@ def _colorbar(axes: list[Axes], points: ScalarMappable) -> None:
 def _log_axis(ax: Axes, lowest: float, highest: float) -> None:
     """Make the y axis logarithmic, with numbers as they are spoken: 0.2, 0.05."""
     ax.set_yscale("log")
-    ratio = highest / lowest
+    _log_ticks(ax.yaxis, highest / lowest)
+
+
+def _log_ticks(axis: Axis, ratio: float) -> None:
     subs = (1.0, 2.0, 5.0) if ratio < 1000 else (1.0,)
-    ax.yaxis.set_major_locator(MaxNLocator(nbins=5) if 1 < ratio < 4 else LogLocator(subs=subs))
-    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(MaxNLocator(nbins=5) if 1 < ratio < 4 else LogLocator(subs=subs))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _by_group(dataset: Dataset, groups: Sequence[object] | NDArray[Any] | None) -> dict[str, NDArray[np.bool_]]:
