@@ -113,6 +113,12 @@ class TestEveryNotebook:
         assert positions == sorted(positions)
 
 
+def test_the_first_notebook_maps_the_others():
+    start = nbformat.read(ROOT / "notebooks" / "00_start_here.ipynb", as_version=4)
+    text = "\n".join(cell.source for cell in start.cells if cell.cell_type == "markdown")
+    assert [path.stem for path in NOTEBOOKS if f"| `{path.stem}` |" not in text] == []
+
+
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_profile_files_name_parameters_of_their_notebook(path):
     defaults = profiles.notebook_defaults(ROOT / "notebooks" / f"{path.stem}.ipynb")
