@@ -16,6 +16,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 _CONTENTS = {
     "tlmc.datasets": ("Dataset", "available", "dataset_from_frames", "load_dataset"),
     "tlmc.splits": ("Split", "split_dataset"),
+    "tlmc.analysis": ("density", "frame_table", "nearest_neighbours", "outliers", "relative_energies", "summary_table"),
+    "tlmc.labelling": ("LabelReport", "Method", "build", "label", "method", "perturb", "relax", "screen"),
     "tlmc.reference": ("ReferenceEnergies", "fit_reference"),
     "tlmc.potentials": (
         "Potential",

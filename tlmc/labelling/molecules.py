@@ -1,0 +1,100 @@
+"""The molecules of a crystal: bonds, molecules in one piece, molecules alone in a box."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from ase import Atoms
+from ase.data import covalent_radii
+from ase.neighborlist import neighbor_list
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import breadth_first_order, connected_components
+
+from tlmc.errors import DataError
+
+IntArray = NDArray[np.int64]
+
+
+class Bonds(NamedTuple):
+    """Covalent bonds, each once; atom ``second`` is meant in the periodic image ``shift``."""
+
+    first: IntArray
+    second: IntArray
+    shift: IntArray
+    """Shape ``(n_bonds, 3)``."""
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """Return the bonded pairs, sorted, whatever image they are in."""
+        ordered = np.sort(np.column_stack([self.first, self.second]), axis=1)
+        return sorted(map(tuple, ordered.tolist()))
+
+
+def find_bonds(frame: Atoms, factor: float = 1.25) -> Bonds:
+    """Return the pairs closer than ``factor`` times the sum of their covalent radii."""
+    first, second, shift = neighbor_list("ijS", frame, factor * covalent_radii[frame.numbers])
+    half = (first < second) | ((first == second) & (shift @ (10**8, 10**4, 1) > 0))
+    return Bonds(first[half], second[half], shift[half])
+
+
+def find_molecules(frame: Atoms, bonds: Bonds | None = None) -> list[IntArray]:
+    """Return the atom indices of every molecule, the connected parts of the bond graph."""
+    bonds = find_bonds(frame) if bonds is None else bonds
+    graph = coo_matrix((np.ones(len(bonds.first)), (bonds.first, bonds.second)), shape=(len(frame), len(frame)))
+    count, labels = connected_components(graph, directed=False)
+    return [np.flatnonzero(labels == molecule) for molecule in range(count)]
+
+
+def make_whole(frame: Atoms, bonds: Bonds | None = None) -> Atoms:
+    """Return a copy whose molecules are not cut by the cell's faces, their centres inside the cell.
+
+    Raises
+    ------
+    DataError
+        If a bonded network runs through the whole crystal, so that it has no molecules.
+    """
+    bonds = find_bonds(frame) if bonds is None else bonds
+    whole: Atoms = frame.copy()
+    steps = {}
+    for i, j, shift in zip(bonds.first.tolist(), bonds.second.tolist(), bonds.shift, strict=True):
+        steps[i, j], steps[j, i] = shift, -shift
+    pairs = np.array(list(steps) or np.empty((0, 2)), dtype=int)
+    graph = coo_matrix((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(len(frame), len(frame))).tocsr()
+    images = np.zeros((len(frame), 3), dtype=int)
+    for molecule in find_molecules(frame, bonds):
+        order, parents = breadth_first_order(graph, molecule[0])
+        for atom in order[1:]:
+            images[atom] = images[parents[atom]] + steps[int(parents[atom]), int(atom)]
+        centre = (frame.positions[molecule] + images[molecule] @ frame.cell.array).mean(axis=0)
+        if frame.pbc.any():
+            images[molecule] -= (np.floor(frame.cell.scaled_positions(centre) + 1e-9) * frame.pbc).astype(int)
+    gaps = images[bonds.first] - images[bonds.second] + bonds.shift
+    if gaps.any():
+        k = int(np.flatnonzero(gaps.any(axis=1))[0])
+        raise DataError(
+            f"atoms {bonds.first[k]} and {bonds.second[k]} of {frame.get_chemical_formula()} close a bonded network "
+            "through the periodic cell: a molecular crystal is expected"
+        )
+    whole.positions += images @ frame.cell.array
+    return whole
+
+
+def isolated_molecules(crystal: Atoms, vacuum: float = 8.0) -> list[Atoms]:
+    """Return the first molecule of each formula in a crystal, alone in a periodic cubic box.
+
+    Parameters
+    ----------
+    vacuum
+        Distance kept from the molecule to every face of the box, Angstrom.
+    """
+    whole = make_whole(crystal)
+    found: dict[str, Atoms] = {}
+    for members in find_molecules(whole):
+        molecule = Atoms(whole.numbers[members], positions=whole.positions[members])
+        edge = float(np.ptp(molecule.positions, axis=0).max()) + 2 * vacuum
+        molecule.set_cell([edge] * 3)
+        molecule.center()
+        molecule.pbc = True
+        found.setdefault(molecule.get_chemical_formula(), molecule)
+    return list(found.values())

@@ -1,0 +1,62 @@
+"""Relax a structure with the method that labels it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from ase import Atoms
+from ase.filters import FrechetCellFilter
+from ase.optimize import BFGS
+
+from tlmc.labelling.frames import rounded, work_key
+from tlmc.labelling.methods import Method
+from tlmc.labelling.workers import structures_in_processes
+
+logger = logging.getLogger(__name__)
+
+
+def relax(
+    structure: Atoms, method: Method, fmax: float = 0.02, steps: int = 300, cell: bool = False, pressure: float = 0.0
+) -> Atoms:
+    """Return the structure relaxed with BFGS.
+
+    Parameters
+    ----------
+    fmax
+        Stop when no atom feels more, eV/Angstrom.
+    steps
+        Stop after so many steps all the same; a warning says so.
+    cell
+        Relax the cell too, under ``pressure``.
+    pressure
+        Hydrostatic pressure, eV/Angstrom^3.
+    """
+    frame = structure.copy()
+    frame.calc = method.make()
+    optimizer = BFGS(FrechetCellFilter(frame, scalar_pressure=pressure) if cell else frame, logfile=None)  # type: ignore[arg-type]
+    if not optimizer.run(fmax=fmax, steps=steps):
+        logger.warning(
+            "%s is not relaxed to %g eV/A after %d steps", structure.get_chemical_formula(), fmax, optimizer.nsteps
+        )
+    return rounded(frame)
+
+
+@dataclass(frozen=True)
+class _Relaxation:
+    structure: Atoms
+    method: Method
+    fmax: float
+    cell: bool
+
+
+def relaxed(structure: Atoms, method: Method, fmax: float, cell: bool, folder: Path) -> Atoms:
+    """Return the structure relaxed in a process of one thread, from the work folder if it is there."""
+    path = folder / f"relaxed-{work_key(structure, repr((method.name, fmax, cell)))}.extxyz"
+    job = _Relaxation(structure, method, fmax, cell)
+    return structures_in_processes(_relax_one, [job], [path], 1)[0][0]
+
+
+def _relax_one(job: _Relaxation) -> list[Atoms]:
+    return [relax(job.structure, job.method, job.fmax, cell=job.cell)]

@@ -1,0 +1,99 @@
+"""Work in fresh processes of one thread each."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import TypeVar
+
+import ase.io
+from ase import Atoms
+
+from tlmc.errors import ConfigError, DataError
+from tlmc.labelling.frames import write_frames
+
+logger = logging.getLogger(__name__)
+
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
+
+
+def structures_in_processes(
+    work: Callable[[_Job], list[Atoms]], jobs: Sequence[_Job], paths: Sequence[Path | None], processes: int
+) -> list[list[Atoms]]:
+    """Return ``work(job)`` of every job, read from its file if that exists, else written there."""
+    found = [list(ase.io.iread(path)) if path is not None and path.is_file() else None for path in paths]
+    tasks = [(work, job, path) for job, path, frames in zip(jobs, paths, found, strict=True) if frames is None]
+    new = iter(in_processes(_work_and_write, tasks, processes))
+    return [next(new) if frames is None else frames for frames in found]
+
+
+def _work_and_write(task: tuple[Callable[[_Job], list[Atoms]], _Job, Path | None]) -> list[Atoms]:
+    work, job, path = task
+    frames = work(job)
+    if path is not None:
+        write_frames(path, frames)
+    return frames
+
+
+def in_processes(work: Callable[[_Job], _Result], jobs: Sequence[_Job], processes: int) -> list[_Result]:
+    """Return ``work(job)`` of every job, computed in fresh processes of one thread each."""
+    if processes < 1:
+        raise ConfigError(f"processes must be at least 1, got {processes}")
+    if not jobs:
+        return []
+    results: dict[int, _Result] = {}
+    # spawned, not forked: a fork copies the parent's thread pools in whatever state they are
+    context = multiprocessing.get_context("spawn")
+    with (
+        _one_thread(),
+        ProcessPoolExecutor(min(processes, len(jobs)), context, initializer=_end_with_parent) as pool,
+    ):
+        futures = {pool.submit(work, job): index for index, job in enumerate(jobs)}
+        try:
+            for future in as_completed(futures):
+                results[futures[future]] = future.result()
+                logger.info("%d of %d done", len(results), len(jobs))
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"a process died, perhaps for lack of memory, with {len(results)} of {len(jobs)} calculations done; "
+                "run again to go on from there"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return [results[index] for index in range(len(jobs))]
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Set the thread counts that children inherit; libraries read them once, when they are loaded."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is killed, rather than wait for jobs that never come."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
