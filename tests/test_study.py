@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 
-FINISH = "from tlmc.study import write_metrics\nwrite_metrics({name!r}, {{'answer': {answer}}})"
+FINISH = "from tlmc.outcomes import write_metrics\nwrite_metrics({name!r}, {{'answer': {answer}}})"
 
 
 def write_notebook(folder: Path, name: str, parameters: str, *cells: str, answer: str | None = "1") -> None:

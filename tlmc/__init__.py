@@ -9,9 +9,9 @@ import importlib
 import os
 from typing import Any
 
-# GNU OpenMP's threads spin for milliseconds while they wait, which on a shared machine makes a training ten times slower;
-# without any spinning small steps are two times slower. This many turns are about ten microseconds. The runtime reads it
-# once, when torch is imported; what the user has set stays.
+# GNU OpenMP lets waiting threads spin for milliseconds, which makes a training ten times slower on a shared machine;
+# with no spinning at all, small steps take twice as long. This many turns are about ten microseconds. The runtime reads
+# the variable once, when torch is imported; what the user has set stays.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
@@ -44,6 +44,7 @@ _CONTENTS = {
     ),
     "tlmc.evaluation": ("append_records", "comparison_table", "evaluate", "per_frame", "read_records"),
     "tlmc.experiments": ("Experiment", "run_experiment", "run_recipes"),
+    "tlmc.outcomes": ("write_metrics",),
     "tlmc.study": ("run_study",),
 }
 _MODULE_OF = {name: module for module, names in _CONTENTS.items() for name in names}

@@ -21,12 +21,10 @@ from typing import cast
 
 from tlmc.errors import StudyError
 from tlmc.files import sha256_file, write_json
-from tlmc.outcomes import metrics_file, read_record, record_file, write_metrics
+from tlmc.outcomes import metrics_file, read_record, record_file
 from tlmc.paths import project_root, reports_dir
 from tlmc.profiles import Parameter, Profile, Step, load_profile, profile_files, read_notebook
 from tlmc.provenance import code_hash, package_versions
-
-__all__ = ["run_study", "write_metrics"]
 
 log = logging.getLogger(__name__)
 
