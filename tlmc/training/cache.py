@@ -62,8 +62,10 @@ class Structure(NamedTuple):
     """``dG/dx``, shape ``(n_atoms * n_columns, 3 * n_atoms)``, blocks of ``BLOCK`` by 3."""
     rows: Tensor
     """Block row of every block, int64, for the transposed product."""
-    atoms: Tensor
-    """Atom of every block, int64."""
+    by_atom: Tensor
+    """Blocks sorted by the atom whose coordinates they belong to, int64."""
+    atom_starts: Tensor
+    """Where each atom begins in `by_atom`, int64, shape ``(n_atoms,)``."""
     values: Tensor
     """The blocks, shape ``(n_blocks, BLOCK, 3)``."""
 
@@ -71,7 +73,8 @@ class Structure(NamedTuple):
         """Return ``-J^T g`` for ``g = dE/dG`` of shape ``(n_atoms, n_columns)``: forces, shape ``(n_atoms, 3)``."""
         blocks = g.view(-1, 1, BLOCK).index_select(0, self.rows)
         per_block = torch.bmm(blocks, self.values).squeeze(1)
-        return g.new_zeros(len(g), 3).index_add_(0, self.atoms, per_block, alpha=-1.0)
+        # sums over the blocks of each atom; several times faster than index_add
+        return torch.nn.functional.embedding_bag(self.by_atom, per_block, self.atom_starts, mode="sum").neg_()
 
     def along(self, direction: Tensor) -> Tensor:
         """Return ``J r``, the change of G along a displacement ``r`` of shape ``(n_atoms, 3)``; shape as G."""
@@ -303,6 +306,7 @@ def _open(folder: Path) -> DescriptorCache:
         values = arrays["values"][block * BLOCK * 3 : (block + n_blocks) * BLOCK * 3].view(n_blocks, BLOCK, 3)
         columns_of_blocks = arrays["columns_of_blocks"][block : block + n_blocks]
         starts = arrays["starts"][start : start + n_rows + 1]
+        by_atom = torch.argsort(columns_of_blocks, stable=True)
         structures.append(
             Structure(
                 species=arrays["species"][atom : atom + n],
@@ -314,7 +318,8 @@ def _open(folder: Path) -> DescriptorCache:
                     copy=False,
                 ),
                 rows=torch.repeat_interleave(torch.arange(n_rows), starts.diff()),
-                atoms=columns_of_blocks.long(),
+                by_atom=by_atom,
+                atom_starts=torch.searchsorted(columns_of_blocks[by_atom], torch.arange(n, dtype=torch.int32)),
                 values=values,
             )
         )

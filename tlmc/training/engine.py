@@ -287,9 +287,10 @@ class Engine:
         lowest = self.trainable.index(True)
         upper: Tensor | None = None
         for number in range(len(hidden) - 1, lowest - 1, -1):
-            # p t q = d t / alpha where the slope is below one, that is z < 0
+            # p t q = d t / alpha where z < 0, which is where a < 0, and zero elsewhere
             slope, d = sweep.slopes[number], sweep.d[number]
-            y = (d * tangents[number]).div_(CELU_ALPHA).masked_fill_(slope == 1.0, 0.0)
+            y = (d * tangents[number]).div_(CELU_ALPHA)
+            y.sub_(torch.ops.aten.threshold_backward(y, sweep.activations[number], 0.0))
             y.addcmul_(d, c[:, None]) if upper is None else y.addcmul_(slope, upper)
             if number > lowest:
                 upper = torch.bmm(y, hidden[number].weight.transpose(1, 2))
@@ -301,6 +302,6 @@ class Engine:
                 torch.sum(y, 1, keepdim=True, out=slots[number].bias)
             else:
                 y, d = (x.transpose(0, 1).reshape(n, -1) for x in (y, d))
-                torch.mm(G.t(), y, out=slots[0].weight)
-                slots[0].weight.addmm_(v.t(), d)
+                # both products at once: this gradient is the largest array of the step and is written once
+                torch.mm(torch.cat([G, v]).t(), torch.cat([y, d]), out=slots[0].weight)
                 torch.sum(y, 0, out=slots[0].bias)
