@@ -471,7 +471,7 @@ def test_embedded_sets_are_found_by_name(private: Path, frames: list[Atoms]) -> 
     ase.io.write(folder / "argon.extxyz.gz", frames)
     assert available()["argon"] == {"path": str(folder / "argon.extxyz.gz")}
     dataset = load_dataset("argon")
-    assert (dataset.name, dataset.source, len(dataset)) == ("argon", str(folder / "argon.extxyz.gz"), 3)
+    assert (dataset.name, dataset.source, len(dataset)) == ("argon", "data/argon.extxyz.gz", 3)
     ase.io.write(folder / "argon.extxyz", frames)
     with pytest.raises(DataError, match="argon.extxyz and argon.extxyz.gz are both called argon: keep one"):
         load_dataset("argon")

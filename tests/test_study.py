@@ -283,8 +283,12 @@ class TestReport:
         append_records([row | {"run_id": "r"}], root / "out" / "metrics")
         figures = root / "out" / "figures"
         figures.mkdir()
-        (figures / "parity_urea.png").write_bytes(b"\x89PNG")
+        # of this run, of an earlier one, of none
+        for name, content, age in (("01_new", b"\x89PNG", -60), ("01_old", b"old", 3600), ("other", b"oth", -60)):
+            (figures / f"{name}.png").write_bytes(content)
+            os.utime(figures / f"{name}.png", (time.time() - age,) * 2)
         page = study.run_study("quick").read_text()
+        assert page.count("data:image/png") == 1
         assert "<td>short</td>" in page
         assert "0.0531" in page
         assert "data:image/png;base64,iVBORw==" in page

@@ -236,7 +236,7 @@ def load_dataset(
         path, origin, level_of_theory = public
     elif name in embedded:
         path = embedded[name]
-        origin = str(path)
+        origin = f"data/{path.name}"
     else:
         path = Path(source).expanduser()
         origin, name = str(path), path.name.removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz")

@@ -31,13 +31,22 @@ def package_versions() -> dict[str, str]:
 
 
 def git_revision() -> str:
-    """Return the commit of the checkout, with ``+`` where tracked files differ from it; ``""`` outside a checkout."""
-    command = ["git", "-C", str(PACKAGE_DIR), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    """Return the commit of the checkout, with ``+`` where tracked files differ from it; ``""`` outside a checkout.
+
+    ``reports/`` does not count: a study writes there while it runs.
+    """
+    git = ["git", "-C", str(PACKAGE_DIR)]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
+        changes = subprocess.run(
+            [*git, "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)reports"],
+            capture_output=True,
+            timeout=10,
+            check=False,
+        )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return ""
-    return answer.stdout.strip() if answer.returncode == 0 else ""
+    return head.stdout.strip() + ("+" if changes.returncode == 1 else "") if head.returncode == 0 else ""
 
 
 def code_hash() -> str:

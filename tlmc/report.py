@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +21,7 @@ from nbconvert import HTMLExporter
 from tlmc.errors import DataError
 from tlmc.evaluation.records import comparison_table, format_comparison, read_records
 from tlmc.files import write_text
-from tlmc.outcomes import read_metrics, read_record
+from tlmc.outcomes import Record, read_metrics, read_record
 from tlmc.profiles import Profile, load_profile
 
 MEDIA_TYPES: Final = {".png": "image/png", ".svg": "image/svg+xml"}
@@ -61,6 +62,7 @@ def write_report(profile: Profile, reports: Path) -> Path:
                 "parameters": parameters[name],
                 "link": _write_page(reports / "executed" / profile.name, name).relative_to(reports).as_posix(),
                 "metrics": dict(_flattened(content["metrics"])),
+                "figures": list(_figures(reports / "figures", name, record)),
             }
         )
     table, no_table = _results(profile.name, reports)
@@ -79,7 +81,6 @@ def write_report(profile: Profile, reports: Path) -> Path:
         version_sets=_distinct(contents, "versions"),
         table=table,
         no_table=no_table,
-        figures=list(_figures(reports / "figures")),
     )
     target = reports / "index.html"
     write_text(target, text)
@@ -120,9 +121,12 @@ def _distinct(contents: list[dict[str, Any]], key: str) -> list[Any]:
     return found
 
 
-def _figures(folder: Path) -> Iterator[dict[str, str]]:
-    for path in sorted(folder.glob("*")):
-        if path.suffix in MEDIA_TYPES:
+def _figures(folder: Path, notebook: str, record: Record) -> Iterator[dict[str, str]]:
+    """Yield the figures that a run of a notebook wrote: its number in front, and not older than the run."""
+    # file systems and the record's clock are good to a second
+    began = datetime.fromisoformat(record.finished).timestamp() - record.seconds - 1.0
+    for path in sorted(folder.glob(f"{notebook.partition('_')[0]}_*")):
+        if path.suffix in MEDIA_TYPES and path.stat().st_mtime >= began:
             data = base64.b64encode(path.read_bytes()).decode()
             name = path.stem.replace("_", " ")
             yield {"name": name, "source": f"data:{MEDIA_TYPES[path.suffix]};base64,{data}"}
