@@ -305,7 +305,7 @@ def test_bad_input_is_refused_before_work_starts(tmp_path):
     data = labelled()
     parts = split_dataset(data, seed=0)
     with pytest.raises(ModelError, match=r"toy has no network for C \(1 atoms\), O \(1 atoms\) in CH4O"):
-        finetune(toy_potential(symbols=("H", "S")), data, parts, quick())
+        finetune(toy_potential(symbols=("H", "S")), data, parts, quick(), tmp_path / "run")
     with pytest.raises(DataError, match="the train part of the split names frame 19, but methanol holds 10"):
         finetune(student(), data.subset(range(10)), dataclasses.replace(parts, train=np.array([19])), quick())
     with pytest.raises(DataError, match="the validation part of the split of methanol is empty"):

@@ -389,7 +389,7 @@ def _unknown(source: str, embedded: dict[str, Path]) -> str:
         *embedded
     ]
     near = difflib.get_close_matches(source, names, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else f"known names: {', '.join(names)}"
+    hint = f"did you mean {', '.join(near)}?" if near else "tlmc fetch --list shows the known names"
     return f"{source}: neither a file nor a known data set; {hint}"
 
 

@@ -189,6 +189,8 @@ def finetune(
     """
     config = config or FinetuneConfig()
     _check_split(dataset, split)
+    for frame in dataset.frames:
+        model.species(frame)  # an element without a network is an error before anything is written
     if tensorboard and run_dir is None:
         raise ConfigError("tensorboard needs a run_dir to write to")
     description = _describe(model, dataset, split, config)
