@@ -95,7 +95,8 @@ class Potential:
             listed = ", ".join(f"{symbol} ({count} atoms)" for symbol, count in sorted(missing.items()))
             raise ModelError(
                 f"{self.name} has no network for {listed} in {frame.get_chemical_formula()}; it knows "
-                f"{', '.join(self.elements)}: map a new element onto one of them, e.g. relabel(model, {{'Si': 'C'}}), --map Si=C on the command line"
+                f"{', '.join(self.elements)}: map a new element onto one of them, e.g. relabel(model, {{'Si': 'C'}}), "
+                "on the command line --map Si=C"
             )
         return torch.tensor([index[symbol] for symbol in symbols])
 
