@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
+from processes import heed_interrupts
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -124,7 +125,9 @@ class TestFinetune:
     def test_an_interrupted_run_goes_on(self, data, start):
         command = [sys.executable, "-m", "tlmc.cli", "finetune", str(data), "--start-model", str(start)]
         command += ["--epochs", "2000", "--run-dir", "run"]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+        )
         deadline = time.monotonic() + 100
         while not Path("run", "state.safetensors").is_file() and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -238,7 +241,7 @@ class TestFetchAndInfo:
         code, text, _ = tlmc("-q", "fetch", "molcrys-mace/21_urea")
         assert code == 0
         assert "180 frames" in text
-        assert os.environ["TLMC_DATA_DIR"] in text
+        assert str(Path(os.environ["TLMC_DATA_DIR"]).resolve()) in text
 
     def test_info_on_data(self, tlmc, data):
         code, text, _ = tlmc("-q", "info", data)

@@ -14,6 +14,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat import v4
+from processes import heed_interrupts
 
 from tlmc import outcomes, profiles, study
 from tlmc.errors import ConfigError, StudyError
@@ -263,7 +264,9 @@ class TestRun:
             "time.sleep(600)",
         )
         code = "from tlmc import study; study.run_study('quick')"
-        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+        )
         deadline = time.monotonic() + 60
         while not (tmp_path / "pid").is_file() and time.monotonic() < deadline:
             time.sleep(0.1)
