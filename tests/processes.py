@@ -6,5 +6,5 @@ import signal
 
 
 def heed_interrupts() -> None:
-    """Undo, as ``preexec_fn``, that background jobs of a shell (the test run, perhaps) ignore SIGINT and hand that on."""
+    """Undo, as ``preexec_fn``, that background jobs of a shell, the test run perhaps, hand on an ignored SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
