@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from ase import Atoms
 
-from tlmc.datasets import Dataset
+from tlmc.labelled import Dataset
 from tlmc.potentials.calculator import Predictions
 
 

@@ -17,8 +17,9 @@ from tlmc.analysis import (
     relative_energies,
     summary_table,
 )
-from tlmc.datasets import Dataset, dataset_from_frames, load_dataset
+from tlmc.datasets import dataset_from_frames, load_dataset
 from tlmc.errors import DataError
+from tlmc.labelled import Dataset
 
 
 def labelled(frame: Atoms, energy: float, forces: np.ndarray, **labels: np.ndarray) -> Atoms:

@@ -13,8 +13,9 @@ from ase.build import molecule
 from ase.units import Bohr, Hartree
 
 from tlmc.checks import check_dataset, require_crystals
-from tlmc.datasets import Dataset, dataset_from_frames, load_dataset
+from tlmc.datasets import dataset_from_frames, load_dataset
 from tlmc.errors import DataError
+from tlmc.labelled import Dataset
 
 
 @pytest.fixture

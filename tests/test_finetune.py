@@ -20,9 +20,10 @@ import torch
 from ase.build import molecule
 from potential_references import toy_potential
 
-from tlmc.datasets import Dataset, load_dataset
+from tlmc.datasets import load_dataset
 from tlmc.errors import ConfigError, DataError, ModelError
 from tlmc.evaluation import evaluate
+from tlmc.labelled import Dataset
 from tlmc.potentials import predict, to_torchani
 from tlmc.splits import Split, split_dataset
 from tlmc.training.checkpoint import load_model

@@ -10,9 +10,10 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tlmc.datasets import Dataset, dataset_from_frames, load_dataset
+from tlmc.datasets import dataset_from_frames, load_dataset
 from tlmc.errors import ConfigError, DataError
 from tlmc.geometry import duplicate_groups
+from tlmc.labelled import Dataset
 from tlmc.splits import Split, SplitMethod, energy_groups, split_dataset
 
 METHODS: tuple[SplitMethod, ...] = ("random", "blocks", "energy_groups")

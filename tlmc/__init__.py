@@ -16,7 +16,8 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 _CONTENTS = {
-    "tlmc.datasets": ("Dataset", "available", "dataset_from_frames", "load_dataset"),
+    "tlmc.labelled": ("Dataset",),
+    "tlmc.datasets": ("available", "dataset_from_frames", "load_dataset", "read_frames"),
     "tlmc.splits": ("Split", "split_dataset"),
     "tlmc.analysis": ("density", "frame_table", "nearest_neighbours", "outliers", "relative_energies", "summary_table"),
     "tlmc.labelling": ("LabelReport", "Method", "build", "label", "method", "perturb", "relax", "screen"),

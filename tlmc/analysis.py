@@ -14,9 +14,9 @@ import pandas as pd
 from ase import Atoms, units
 from numpy.typing import NDArray
 
-from tlmc.datasets import Dataset
 from tlmc.errors import DataError
 from tlmc.geometry import contacts
+from tlmc.labelled import Dataset
 from tlmc.splits import energy_groups
 
 FloatArray = NDArray[np.float64]

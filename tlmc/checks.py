@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from typing import TYPE_CHECKING
 
 import numpy as np
 from ase.data import chemical_symbols, covalent_radii
 
 from tlmc.errors import DataError
 from tlmc.geometry import box, contacts
+from tlmc.labelled import Dataset
 from tlmc.units import HARTREE
-
-if TYPE_CHECKING:
-    from tlmc.datasets import Dataset
 
 logger = logging.getLogger(__name__)
 

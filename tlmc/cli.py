@@ -25,9 +25,9 @@ from tlmc.files import atomic_path, write_json
 from tlmc.paths import cache_dir, mirror_dir, reports_dir
 
 if TYPE_CHECKING:
-    from tlmc.datasets import Dataset
     from tlmc.evaluation.comparison import Stage
     from tlmc.evaluation.metrics import Metric
+    from tlmc.labelled import Dataset
     from tlmc.potentials.model import Potential
 
 EPILOG = """

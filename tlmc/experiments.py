@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tlmc.datasets import Dataset
 from tlmc.evaluation.comparison import Stage, before_and_after, rows_from_stages
 from tlmc.evaluation.records import append_records
 from tlmc.files import write_json
+from tlmc.labelled import Dataset
 from tlmc.paths import reports_dir
 from tlmc.potentials.model import Potential
 from tlmc.splits import Split, SplitMethod, split_dataset

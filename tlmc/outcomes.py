@@ -16,7 +16,7 @@ from tlmc.paths import reports_dir
 from tlmc.provenance import git_revision, package_versions
 
 if TYPE_CHECKING:
-    from tlmc.datasets import Dataset
+    from tlmc.labelled import Dataset
     from tlmc.potentials.model import Potential
 
 

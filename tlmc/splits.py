@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from tlmc.datasets import Dataset
 from tlmc.errors import ConfigError, DataError
+from tlmc.labelled import Dataset
 
 SplitMethod = Literal["random", "blocks", "energy_groups"]
 

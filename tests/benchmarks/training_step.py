@@ -28,8 +28,9 @@ from ase import Atoms
 from torch import Tensor
 
 from tlmc import paths
-from tlmc.datasets import Dataset, load_dataset
+from tlmc.datasets import load_dataset
 from tlmc.files import write_json
+from tlmc.labelled import Dataset
 from tlmc.potentials import load_start_model, to_torchani
 from tlmc.potentials.model import Potential
 from tlmc.provenance import git_revision, package_versions

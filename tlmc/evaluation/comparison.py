@@ -11,7 +11,7 @@ from tlmc.potentials.calculator import Predictions, predict
 from tlmc.reference import fit_reference
 
 if TYPE_CHECKING:
-    from tlmc.datasets import Dataset
+    from tlmc.labelled import Dataset
     from tlmc.potentials.model import Potential
     from tlmc.splits import Split
 

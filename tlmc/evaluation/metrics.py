@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tlmc.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from tlmc.datasets import Dataset
+    from tlmc.labelled import Dataset
     from tlmc.potentials.calculator import Predictions
 
 Array = NDArray[np.float64]

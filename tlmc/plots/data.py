@@ -32,7 +32,7 @@ from tlmc.plots.style import (
 )
 
 if TYPE_CHECKING:
-    from tlmc.datasets import Dataset
+    from tlmc.labelled import Dataset
     from tlmc.splits import Split
 
 

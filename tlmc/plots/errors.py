@@ -35,7 +35,7 @@ from tlmc.plots.style import (
 )
 
 if TYPE_CHECKING:
-    from tlmc.datasets import Dataset
+    from tlmc.labelled import Dataset
     from tlmc.potentials.calculator import Predictions
 
 Array = NDArray[np.float64]

@@ -23,9 +23,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tlmc.datasets import Dataset
 from tlmc.errors import ConfigError, DataError, ModelError
 from tlmc.files import atomic_path, write_json
+from tlmc.labelled import Dataset
 from tlmc.potentials.model import Potential
 from tlmc.potentials.transfer import scratch, trainable_layers
 from tlmc.reference import fit_reference

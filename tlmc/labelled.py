@@ -1,0 +1,103 @@
+"""The labelled structures that everything else takes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from ase import Atoms
+from numpy.typing import ArrayLike, NDArray
+
+from tlmc.geometry import canonical_bytes, duplicate_groups, element_counts, frame_hash, is_crystal
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Structures with energies and forces, in eV and Angstrom, checked by `tlmc.checks.check_dataset`."""
+
+    frames: tuple[Atoms, ...]
+    """``n_frames`` structures without a calculator; ``info`` keeps what the file says besides the labels."""
+    energies: NDArray[np.float64]
+    """Shape ``(n_frames,)``, eV."""
+    forces: tuple[NDArray[np.float64], ...]
+    """Per frame ``(n_atoms, 3)``, eV/Angstrom."""
+    stresses: tuple[NDArray[np.float64] | None, ...]
+    """Per frame ``(6,)`` in ASE's Voigt order and sign (xx, yy, zz, yz, xz, xy), eV/Angstrom^3, or None."""
+    name: str
+    """``molcrys-mace/21_urea``, ``naphthalene``, or the stem of the file."""
+    source: str
+    """Path or URL it was read from."""
+    units: str
+    """Units of the file, before conversion."""
+    level_of_theory: str
+    """Method of the labels, empty when unknown."""
+    frame_numbers: NDArray[np.int64]
+    """Position of each frame in the source, shape ``(n_frames,)``."""
+
+    def __len__(self) -> int:
+        """Return the number of frames."""
+        return len(self.frames)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of geometries and labels in their order, independent of the path and the format they came from."""
+        digest = hashlib.sha256()
+        for frame, energy, forces, stress in zip(self.frames, self.energies, self.forces, self.stresses, strict=True):
+            digest.update(bytes.fromhex(frame_hash(frame)))
+            digest.update(
+                canonical_bytes(energy)
+                + canonical_bytes(forces)
+                + (b"none" if stress is None else canonical_bytes(stress))
+            )
+        return digest.hexdigest()
+
+    @cached_property
+    def is_crystal(self) -> NDArray[np.bool_]:
+        """True for frames that are crystals (`tlmc.geometry.is_crystal`), shape ``(n_frames,)``."""
+        return np.array([is_crystal(frame) for frame in self.frames], dtype=np.bool_)
+
+    @cached_property
+    def duplicates(self) -> NDArray[np.int64]:
+        """For each frame the first one with its geometry (`duplicate_groups`), itself if unique, ``(n_frames,)``."""
+        return duplicate_groups(self.frames)
+
+    @cached_property
+    def elements(self) -> tuple[str, ...]:
+        """Chemical symbols that occur, by atomic number."""
+        return tuple(element_counts(self.frames))
+
+    @cached_property
+    def n_atoms(self) -> NDArray[np.int64]:
+        """Number of atoms of each frame, shape ``(n_frames,)``."""
+        return np.array([len(frame) for frame in self.frames], dtype=np.int64)
+
+    def subset(self, indices: ArrayLike) -> Dataset:
+        """Return the frames at `indices` (integers, or one boolean per frame), in that order.
+
+        Raises
+        ------
+        IndexError
+            If an index is out of range or the boolean mask has another length.
+        """
+        chosen = np.arange(len(self))[np.asarray(indices)] if np.size(indices) else np.empty(0, dtype=np.int64)
+        return Dataset(
+            frames=tuple(self.frames[k] for k in chosen),
+            energies=self.energies[chosen],
+            forces=tuple(self.forces[k] for k in chosen),
+            stresses=tuple(self.stresses[k] for k in chosen),
+            name=self.name,
+            source=self.source,
+            units=self.units,
+            level_of_theory=self.level_of_theory,
+            frame_numbers=self.frame_numbers[chosen],
+        )
+
+    def crystals(self) -> Dataset:
+        """Return the frames that are crystals."""
+        return self.subset(self.is_crystal)
+
+    def molecules(self) -> Dataset:
+        """Return the frames that are not crystals."""
+        return self.subset(~self.is_crystal)
