@@ -201,3 +201,20 @@ def test_merging_does_not_change_anything(tmp_path):
     alone = [engine.energies_forces(merge([structure])) for structure in cache.structures]
     torch.testing.assert_close(together.energies, torch.cat([a.energies for a in alone]))
     torch.testing.assert_close(together.forces, torch.cat([a.forces for a in alone]))
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [[Atoms("H")], [Atoms("H"), molecule("CH4")], [molecule("CH4") + Atoms("H", [[30.0, 0.0, 0.0]])]],
+    ids=["alone", "beside a molecule", "out of reach"],
+)
+def test_atoms_without_neighbours(frames, tmp_path):
+    """Isolated atoms, which training sets often hold, have no Jacobian: no force, and a gradient all the same."""
+    engine, _ = engine_gradient(toy_potential(), frames, torch.float64, tmp_path)
+    cache = build_cache(toy_potential(), frames, torch.float64, tmp_path)
+    forces = engine.energies_forces(merge(cache.structures)).forces
+    expected = predict(toy_potential(), frames).forces
+    ordered = np.concatenate([f[s.order.numpy()] for f, s in zip(expected, cache.structures, strict=True)])
+    np.testing.assert_allclose(forces.numpy(), ordered, atol=1e-10)
+    assert bool(torch.isfinite(engine.gradient).all())
+    assert bool((engine.gradient != 0).any())

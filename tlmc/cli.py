@@ -248,6 +248,7 @@ def evaluate(
     from tlmc.evaluation import evaluate as errors_of
     from tlmc.evaluation import per_frame
     from tlmc.evaluation.comparison import refit_offset
+    from tlmc.evaluation.metrics import as_json
     from tlmc.potentials.calculator import predict
 
     data, potential = _load(dataset, energy_key, forces_key, units), _model(model, mapped)
@@ -261,7 +262,7 @@ def evaluate(
     metrics = errors_of(chosen, predictions)
     if output is not None:
         content = {"model": model, "dataset": data.name, "hash": data.hash, "part": part if split else "all"}
-        write_json(output / "metrics.json", content | {"offset_refitted": refit, "metrics": _plain(metrics)})
+        write_json(output / "metrics.json", content | {"offset_refitted": refit, "metrics": as_json(metrics)})
         with atomic_path(output / "per_frame.csv") as temporary:
             per_frame(chosen, predictions).to_csv(temporary, index=False)
     table = Table(title=f"{model} on {len(chosen)} frames of {data.name}")
@@ -442,10 +443,6 @@ def _read_split(path: Path, data: Dataset) -> Any:
     if largest >= len(data):
         raise ConfigError(f"{path} names frame {largest}, but {data.name} holds {len(data)}")
     return split
-
-
-def _plain(metrics: Mapping[str, Metric]) -> dict[str, dict[str, Any]]:
-    return {name: {"value": metric.value, "unit": metric.unit} for name, metric in metrics.items()}
 
 
 def _print_metrics(title: str, columns: Mapping[str, Mapping[str, Metric]]) -> None:

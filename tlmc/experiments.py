@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tlmc.evaluation.comparison import Stage, before_and_after, rows_from_stages
+from tlmc.evaluation.metrics import as_json
 from tlmc.evaluation.records import append_records
 from tlmc.files import write_json
 from tlmc.labelled import Dataset
@@ -77,10 +78,7 @@ def run_experiment(
         "dataset": {"name": dataset.name, "source": dataset.source, "hash": dataset.hash},
         "start_model": {"name": model.name, "fingerprint": model.fingerprint},
         "n_train": len(parts.train),
-        "test": {
-            name: {key: {"value": metric.value, "unit": metric.unit} for key, metric in stage.metrics.items()}
-            for name, stage in stages.items()
-        },
+        "test": {name: as_json(stage.metrics) for name, stage in stages.items()},
     }
     write_json(folder / "metrics.json", content)
     if study:

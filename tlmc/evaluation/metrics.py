@@ -7,8 +7,8 @@ print is that of its components, smaller by the square root of three. Both are c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -35,6 +35,11 @@ class Metric(NamedTuple):
 
     value: float
     unit: str
+
+
+def as_json(metrics: Mapping[str, Metric]) -> dict[str, dict[str, Any]]:
+    """Return metrics as plain JSON types, ``{quantity: {"value": ..., "unit": ...}}``."""
+    return {quantity: metric._asdict() for quantity, metric in metrics.items()}
 
 
 class Errors(NamedTuple):

@@ -37,6 +37,8 @@ class Batch(NamedTuple):
     """Several structures merged for the networks: atoms sorted by element over the whole batch."""
 
     structures: tuple[Structure, ...]
+    sizes: list[int]
+    """Atoms per structure."""
     G: Tensor
     """Shape ``(n_atoms, n_columns)``, merged order."""
     slices: tuple[tuple[int, slice], ...]
@@ -77,14 +79,15 @@ def merge(structures: Sequence[Structure]) -> Batch:
     )
     separate = torch.empty_like(merged)
     separate[merged] = torch.arange(len(merged))
-    sizes = torch.tensor([len(s.species) for s in structures])
+    sizes = [len(s.species) for s in structures]
     return Batch(
         structures=tuple(structures),
+        sizes=sizes,
         G=torch.cat([s.G for s in structures])[merged],
         slices=slices,
         merged=merged,
         separate=separate,
-        structure=torch.repeat_interleave(torch.arange(len(structures)), sizes),
+        structure=torch.repeat_interleave(torch.arange(len(structures)), torch.tensor(sizes)),
     )
 
 
@@ -161,9 +164,9 @@ class Engine:
         """
         predicted, g, sweeps = self._sweep(batch, keep=True)
         force_error = self._forces(batch, g).sub_(forces)
-        n_atoms = torch.bincount(batch.structure).to(force_error.dtype)
+        n_atoms = torch.tensor(batch.sizes, dtype=force_error.dtype)
         result = loss((predicted - energies).to(force_error.dtype), force_error, n_atoms, batch.structure)
-        r = torch.split(result.force_slope, [len(s.species) for s in batch.structures])
+        r = torch.split(result.force_slope, batch.sizes)
         v = torch.cat([s.along(part) for s, part in zip(batch.structures, r, strict=True)])[batch.merged].neg_()
         c = result.energy_slope[batch.structure][batch.merged]
         for k in set(self._present) - {k for k, _ in batch.slices}:
@@ -242,7 +245,6 @@ class Engine:
             z = first.view(n, members, -1).transpose(0, 1)
             activations: list[Tensor] = []
             slopes: list[Tensor] = []
-            q: list[Tensor] = []
             d: list[Tensor] = []
             for number in range(len(hidden)):
                 if number > 0:
@@ -251,11 +253,11 @@ class Engine:
                 slopes.append(slope)
                 activations.append(z.clamp_(min=0.0).add_(slope, alpha=CELU_ALPHA).sub_(CELU_ALPHA))
             atomic[atoms] = torch.baddbmm(b, activations[-1], w).sum(0).squeeze(-1).double() * self._factor
-            q.append((w * self._factor).transpose(1, 2).expand(-1, n, -1))
+            q = (w * self._factor).transpose(1, 2).expand(-1, n, -1)
             for number in range(len(hidden) - 1, -1, -1):
-                d.append(slopes[number] * q[-1])
+                d.append(slopes[number] * q)
                 if number > 0:
-                    q.append(torch.bmm(d[-1], hidden[number].weight.transpose(1, 2)))
+                    q = torch.bmm(d[-1], hidden[number].weight.transpose(1, 2))
             torch.mm(d[-1].transpose(0, 1).reshape(n, -1), hidden[0].weight.t(), out=g[atoms])
             if keep:
                 sweeps[k] = _Sweep(activations, slopes, d[::-1])
@@ -265,7 +267,7 @@ class Engine:
 
     def _forces(self, batch: Batch, g: Tensor) -> Tensor:
         """``F = -J^T g``, structures following one another."""
-        parts = torch.split(g[batch.separate], [len(s.species) for s in batch.structures])
+        parts = torch.split(g[batch.separate], batch.sizes)
         return torch.cat([s.forces(part) for s, part in zip(batch.structures, parts, strict=True)])
 
     def _reverse(self, k: int, sweep: _Sweep, G: Tensor, v: Tensor, c: Tensor) -> None:

@@ -387,7 +387,7 @@ class _Trainer:
         for part in _chunks(indices, 8):
             batch, energies, forces = self._batch(part)
             predicted = self.engine.energies_forces(batch)
-            n_atoms = torch.bincount(batch.structure).to(forces.dtype)
+            n_atoms = torch.tensor(batch.sizes, dtype=forces.dtype)
             error = (predicted.energies - energies).to(forces.dtype)
             errors.watch(self.loss)(error, predicted.forces - forces, n_atoms, batch.structure)
         return errors
