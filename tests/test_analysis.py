@@ -10,10 +10,12 @@ from numpy.random import default_rng
 
 from tlmc.analysis import (
     density,
+    descriptor_map,
     force_magnitudes,
     frame_table,
     nearest_neighbours,
     outliers,
+    packings,
     relative_energies,
     summary_table,
 )
@@ -164,3 +166,59 @@ def test_summaries_of_several_sets_pivot(mixed: Dataset) -> None:
     assert wide.columns.tolist() == [("salt", "crystal"), ("all", "crystal"), ("all", "molecule")]
     assert wide.loc["frames"].tolist() == [60, 60, 6]
     assert wide.loc["energy_range", ("salt", "crystal")] == pytest.approx(1.019)
+
+
+def test_packings_are_named_where_the_file_names_them() -> None:
+    frames = []
+    for info in ({"space_group": "P21/c", "packing": 12}, {"packing": 3}, {}):
+        frame = bulk("NaCl", "rocksalt", a=5.6, cubic=True)
+        frame.info |= info
+        frames.append(labelled(frame, -28.0 - 0.01 * len(frames), np.full((8, 3), 0.1)))
+    dataset = dataset_from_frames(frames, name="salt")
+    assert packings(dataset) == ["P21/c (12)", "", ""]
+    assert frame_table(dataset)["packing"].tolist() == packings(dataset)
+
+
+class TestDescriptorMap:
+    def salt(self, scales: list[float]) -> Dataset:
+        frames = [
+            labelled(bulk("NaCl", "rocksalt", a=5.6 * scale, cubic=True), -28.0 - k, np.full((8, 3), 0.1))
+            for k, scale in enumerate(scales)
+        ]
+        return dataset_from_frames(frames, name="salt")
+
+    def test_strain_is_one_dimensional_and_keeps_its_order(self) -> None:
+        strains = [0.98, 0.985, 0.99, 0.995, 1.0, 1.005]
+        mapped = descriptor_map(self.salt(strains))
+        assert mapped.scores.shape == (6, 2)
+        assert mapped.explained[0] > 0.95
+        steps = np.diff(mapped.scores[:, 0])
+        assert (steps > 0).all() or (steps < 0).all()
+        assert mapped.scores.mean(axis=0) == pytest.approx(0.0, abs=1e-12)
+
+    def test_all_components_keep_the_distances_of_the_fitted_frames(self) -> None:
+        dataset = self.salt([0.97, 0.99, 1.0, 1.02])
+        mapped = descriptor_map(dataset, n_components=3)
+        assert mapped.explained.sum() == pytest.approx(1.0)
+        gaps = np.linalg.norm(mapped.scores[:, None] - mapped.scores[None], axis=-1)
+        np.fill_diagonal(gaps, np.inf)
+        assert gaps.min(axis=1) == pytest.approx(mapped.distances, rel=1e-6)
+
+    def test_a_frame_far_from_the_fitted_ones_is_told(self) -> None:
+        mapped = descriptor_map(self.salt([0.99, 0.995, 1.0, 1.005, 1.1]), fitted_on=[0, 1, 2, 3])
+        assert mapped.distances[4] > 5 * mapped.distances[:4].max()
+
+    def test_the_map_does_not_depend_on_the_cell_chosen(self) -> None:
+        dataset = self.salt([0.99, 1.0, 1.01])
+        doubled = dataset_from_frames(
+            [
+                labelled(frame.repeat((1, 1, 2)), 2 * energy, np.full((16, 3), 0.1))
+                for frame, energy in zip(dataset.frames, dataset.energies, strict=True)
+            ],
+            name="salt",
+        )
+        assert descriptor_map(doubled).scores == pytest.approx(descriptor_map(dataset).scores, abs=1e-9)
+
+    def test_one_frame_is_no_map(self) -> None:
+        with pytest.raises(DataError, match="salt: a map needs at least two frames, got 1"):
+            descriptor_map(self.salt([1.0]))

@@ -82,8 +82,10 @@ def test_ani2xt_goes_to_torchani_and_back_to_a_file(ani2xt, tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["ani2xt.pt"]
     model = to_torchani(scratch(ani2xt, seed=0))
     model.load_state_dict(torch.load(path, weights_only=True))
+    # computed in float64: float32 rounds differently from one processor to the next
+    model = with_exact_celu(model.double())
     for frame in (METHANE, formaldehyde_crystal()):
-        assert_same(ani2xt, model, frame, rtol=2e-6)
+        assert_same(ani2xt.to(torch.float64), model, frame, rtol=1e-7)
 
 
 @pytest.mark.needs_mirror

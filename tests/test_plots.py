@@ -70,6 +70,7 @@ CALLS = {
     "energy_histogram": lambda labels, predicted, ax: plots.energy_histogram(labels, ax),
     "force_histogram": lambda labels, predicted, ax: plots.force_histogram(labels, ax),
     "density_landscape": lambda labels, predicted, ax: plots.density_landscape(labels, ax),
+    "descriptor_map": lambda labels, predicted, ax: plots.descriptor_map(analysis.descriptor_map(labels), ax),
     "outliers": lambda labels, predicted, ax: plots.outliers(labels, ax),
     "force_outliers": lambda labels, predicted, ax: plots.force_outliers(labels, ax),
     "neighbour_distances": lambda labels, predicted, ax: plots.neighbour_distances(
@@ -359,6 +360,22 @@ class TestDistributions:
         labels.frames[0].pbc = False
         with pytest.raises(DataError, match="toy: none of 1 frames is a crystal"):
             plots.density_landscape(labels)
+
+
+class TestDescriptorMap:
+    mapped = analysis.DescriptorMap(np.arange(12.0).reshape(6, 2), np.array([0.7, 0.2]), np.zeros(6))
+
+    def test_names_groups_and_parts(self):
+        split = Split(train=np.array([0, 1, 2]), validation=np.array([3]), test=np.array([4, 5]), method="random", seed=0)
+        ax = plots.descriptor_map(self.mapped, groups=list("abbaab"), split=split)
+        assert legend(ax) == ["a", "b", "train", "validation", "test"]
+        assert ax.get_xlabel() == "component 1 (70 % of the variance)"
+        drawn = np.concatenate([np.asarray(points.get_offsets()) for points in ax.collections])
+        drawn = drawn[~np.isnan(drawn).any(axis=1)]
+        np.testing.assert_array_equal(np.sort(drawn, axis=0), self.mapped.scores)
+
+    def test_without_groups_there_is_no_legend(self):
+        assert plots.descriptor_map(self.mapped).get_legend() is None
 
 
 class TestOutliers:

@@ -7,10 +7,22 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
-from potential_references import toy_potential
+from ase.neighborlist import neighbor_list
+from numpy.random import default_rng
+from potential_references import torchani_energy_and_forces, toy_potential, with_exact_celu
 
 from tlmc.errors import ConfigError, ModelError
-from tlmc.potentials import THESIS_DONORS, parse_element_map, predict, relabel, scratch, trainable_layers
+from tlmc.potentials import (
+    THESIS_DONORS,
+    extend,
+    parse_element_map,
+    predict,
+    relabel,
+    scratch,
+    to_torchani,
+    trainable_layers,
+    with_elements,
+)
 from tlmc.reference import ReferenceEnergies
 
 
@@ -36,6 +48,91 @@ def test_relabelled_element_can_have_a_reference_of_its_own():
     silane = molecule("SiH4")
     shifted = model.with_reference(ReferenceEnergies({"Si": 2.0, "H": 0.25}, "per_element"))
     assert predict(shifted, [silane]).energies - predict(model, [silane]).energies == pytest.approx(3.0, abs=1e-12)
+
+
+def silyl_iodide_crystal() -> Atoms:
+    """All new elements and their donors, in a cell shorter than the cutoff."""
+    frame = Atoms("SiCISClHCuO", default_rng(2).random((8, 3)) * [4.0, 4.5, 5.0], cell=[4.0, 4.5, 5.0], pbc=True)
+    return relax_overlaps(frame, 1.2)
+
+
+def relax_overlaps(frame: Atoms, shortest: float) -> Atoms:
+    """Push atoms apart that are nearer than `shortest`."""
+    for _ in range(200):
+        first, second, vectors, distances = neighbor_list("ijDd", frame, shortest)
+        if not len(first):
+            break
+        np.add.at(frame.positions, first, -0.5 * vectors * (shortest / distances - 0.999)[:, None])
+    return frame
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_extended_model_starts_as_the_relabelled_one(members):
+    model, frame = toy_potential(members=members), silyl_iodide_crystal()
+    borrowed, own = relabel(model, THESIS_DONORS), extend(model, THESIS_DONORS)
+    assert own.symbols == ("H", "C", "O", "S", "Cl", "Si", "I", "Cu")
+    assert own.element_map == {}
+    expected, found = predict(borrowed, [frame]), predict(own, [frame])
+    assert found.energies == pytest.approx(expected.energies, rel=1e-12)
+    np.testing.assert_allclose(found.forces[0], expected.forces[0], rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(found.stresses[0], expected.stresses[0], rtol=1e-10, atol=1e-10)
+
+
+def test_extended_element_has_channels_of_its_own():
+    model, frame = extend(toy_potential(), THESIS_DONORS), silyl_iodide_crystal()
+    before = predict(model, [frame])
+    swapped = frame.copy()
+    swapped.symbols[0], swapped.symbols[1] = "C", "Si"
+    # as long as the copies are equal, silicon and carbon are the same to the model
+    assert predict(model, [swapped]).energies == pytest.approx(before.energies, rel=1e-12)
+    first = model.networks["O"][0]
+    p, n = model.aev, len(model.symbols)
+    blocks = {
+        "radial": slice(5 * p.n_radial, 6 * p.n_radial),
+        # the last pair is that of copper with copper
+        "angular": slice(p.length(n) - p.n_angular, p.length(n)),
+    }
+    copper = Atoms("OCu2", [[0.0, 0.0, 0.0], [1.9, 0.0, 0.0], [0.0, 1.9, 0.3]])
+    silicon = Atoms("OSi", [[0.0, 0.0, 0.0], [1.7, 0.0, 0.0]])
+    for name, of_interest, untouched in (("radial", silicon, copper), ("angular", copper, silicon)):
+        weight = first.weight.clone()
+        weight[:, blocks[name]] += 0.1
+        networks = model.networks | {"O": (first._replace(weight=weight), *model.networks["O"][1:])}
+        changed = dataclasses.replace(model, networks=networks)
+        assert predict(changed, [of_interest]).energies != predict(model, [of_interest]).energies
+        assert predict(changed, [untouched]).energies == predict(model, [untouched]).energies
+
+
+def test_extend_keeps_other_loans_and_takes_over_the_ones_it_names():
+    model = relabel(toy_potential(), {"Si": "C", "I": "Cl"})
+    own = extend(model, {"Si": "C"})
+    assert own.symbols[-1] == "Si"
+    assert own.element_map == {"I": "Cl"}
+    assert model.symbols == toy_potential().symbols
+    frame = silyl_iodide_crystal()[:6]
+    assert predict(own, [frame]).energies == pytest.approx(predict(model, [frame]).energies, rel=1e-12)
+    with pytest.raises(ModelError, match="I borrows from Cl|borrows from Cl already"):
+        extend(model, {"I": "S"})
+    with pytest.raises(ModelError, match="a network of its own for Si"):
+        extend(own, {"Si": "C"})
+
+
+def test_torchani_reproduces_an_extended_model_that_has_learned():
+    own = scratch(extend(toy_potential(members=2), THESIS_DONORS), seed=5)
+    frame = silyl_iodide_crystal()
+    energy, forces = torchani_energy_and_forces(with_exact_celu(to_torchani(own)), frame)
+    found = predict(own, [frame])
+    assert found.energies[0] == pytest.approx(energy, rel=1e-12)
+    np.testing.assert_allclose(found.forces[0], forces, rtol=0.0, atol=1e-10 * np.abs(forces).max())
+
+
+def test_with_elements_goes_by_name():
+    model = toy_potential()
+    assert with_elements(model, {}) is model
+    assert with_elements(model, {"Si": "C"}).element_map == {"Si": "C"}
+    assert with_elements(model, {"Si": "C"}, "extend").symbols[-1] == "Si"
+    with pytest.raises(ConfigError, match="borrowing must be relabel or extend, got 'copy'"):
+        with_elements(model, {"Si": "C"}, "copy")
 
 
 @pytest.mark.parametrize(

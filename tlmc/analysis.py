@@ -1,4 +1,4 @@
-"""What a labelled set holds: energies and their groups, forces by element, outliers, densities, neighbour distances.
+"""What a labelled set holds: energies and groups, forces by element, outliers, densities, distances, environments.
 
 Everything returns arrays or tables; `tlmc.plots` draws them.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import pandas as pd
 from ase import Atoms, units
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from tlmc.descriptors.soap import SOAP
 from tlmc.errors import DataError
 from tlmc.geometry import contacts
 from tlmc.labelled import Dataset
@@ -61,6 +62,20 @@ def density(frame: Atoms) -> float:
     return float(frame.get_masses().sum() / frame.get_volume() * _G_PER_CM3)
 
 
+def packings(dataset: Dataset) -> list[str]:
+    """Return which packing each frame belongs to, as far as the file says.
+
+    Returns
+    -------
+    list of str
+        Space group and number of the packing, ``"P21/c (12)"``, or ``""``.
+    """
+    return [
+        f"{frame.info['space_group']} ({frame.info['packing']})" if {"space_group", "packing"} <= {*frame.info} else ""
+        for frame in dataset.frames
+    ]
+
+
 def frame_table(dataset: Dataset) -> pd.DataFrame:
     """Return one row per frame.
 
@@ -68,10 +83,10 @@ def frame_table(dataset: Dataset) -> pd.DataFrame:
     -------
     pandas.DataFrame
         Columns ``frame`` (number in the source), ``formula``, ``n_atoms``, ``kind`` (crystal or molecule), ``group``
-        (what the file calls it, else empty), ``energy_per_atom`` and ``relative_energy`` (eV/atom), ``energy_group``
-        (see `tlmc.splits.energy_groups`), ``force_rms`` and ``force_max`` (of force vectors, eV/Angstrom), and for
-        crystals ``density`` (g/cm^3), ``volume_per_atom`` (Angstrom^3) and ``pressure`` (GPa, where the stress is
-        known), NaN otherwise.
+        (what the file calls it, else empty), ``packing`` (see `packings`), ``energy_per_atom`` and
+        ``relative_energy`` (eV/atom), ``energy_group`` (see `tlmc.splits.energy_groups`), ``force_rms`` and
+        ``force_max`` (of force vectors, eV/Angstrom), and for crystals ``density`` (g/cm^3), ``volume_per_atom``
+        (Angstrom^3) and ``pressure`` (GPa, where the stress is known), NaN otherwise.
     """
     crystal = dataset.is_crystal
     squared = [(forces**2).sum(axis=1) for forces in dataset.forces]
@@ -86,6 +101,7 @@ def frame_table(dataset: Dataset) -> pd.DataFrame:
             "n_atoms": dataset.n_atoms,
             "kind": np.where(crystal, "crystal", "molecule"),
             "group": [str(frame.info.get("group", "")) for frame in dataset.frames],
+            "packing": packings(dataset),
             "energy_per_atom": dataset.energies / dataset.n_atoms,
             "relative_energy": relative_energies(dataset),
             "energy_group": energy_groups(dataset),
@@ -238,3 +254,67 @@ def _summary(dataset: Dataset, rows: pd.DataFrame, beyond: pd.DataFrame) -> pd.D
     table = pd.DataFrame(numbers, columns=["quantity", "value", "unit"])
     table["value"] = table["value"].astype(float)
     return table
+
+
+class DescriptorMap(NamedTuple):
+    """Principal components of one descriptor vector per frame."""
+
+    scores: FloatArray
+    """Shape ``(n_frames, n_components)``, in the units of the normalised descriptor, origin at the mean of the fit."""
+    explained: FloatArray
+    """Share of the variance of the fitted frames along each component, shape ``(n_components,)``."""
+    distances: FloatArray
+    """Distance of each frame to the nearest fitted frame other than itself, in all components, ``(n_frames,)``."""
+
+
+def descriptor_map(
+    dataset: Dataset,
+    fitted_on: ArrayLike | None = None,
+    n_components: int = 2,
+    r_cut: float = 5.0,
+    n_max: int = 4,
+    l_max: int = 4,
+) -> DescriptorMap:
+    r"""Lay the frames out by what their atoms see: principal components of SOAP vectors averaged over each frame.
+
+    The averaged power spectra ``p_k`` are scaled to unit length, so that a scalar product of two is the SOAP kernel of
+    two frames. With the singular value decomposition of the centred rows, :math:`P - \bar p = U S V^T`, the scores are
+    :math:`(P - \bar p) V`, and component c explains :math:`S_c^2 / \sum S^2` of the variance.
+
+    Parameters
+    ----------
+    dataset
+        Labels are not looked at.
+    fitted_on
+        Indices of the frames that mean, components and `DescriptorMap.distances` refer to, such as the training part;
+        by default all.
+    n_components
+        Of the map.
+    r_cut, n_max, l_max
+        Of `tlmc.descriptors.soap.SOAP`; cutoff in Angstrom.
+
+    Raises
+    ------
+    DataError
+        If there are fewer than two fitted frames.
+    """
+    fitted = np.arange(len(dataset)) if fitted_on is None else np.asarray(fitted_on)
+    if len(fitted) < 2:
+        raise DataError(f"{dataset.name}: a map needs at least two frames, got {len(fitted)}")
+    soap = SOAP(dataset.elements, r_cut, n_max, l_max, sigma=0.5, average="outer", cutoff="cosine")
+    # frame by frame: neighbour lists of a whole set at once would fill the memory
+    rows = np.stack([np.asarray(soap(frame)).reshape(-1) for frame in dataset.frames])
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    centred = rows - rows[fitted].mean(axis=0)
+    _, values, directions = np.linalg.svd(centred[fitted], full_matrices=False)
+    # the sign of a component is free: its largest entry is made positive, the same on every machine
+    directions = directions[:n_components]
+    largest = np.abs(directions).argmax(axis=1)
+    directions = directions * np.sign(directions[np.arange(len(directions)), largest])[:, None]
+    squared = ((rows[:, None] - rows[fitted][None]) ** 2).sum(axis=-1)
+    squared[fitted, np.arange(len(fitted))] = np.inf
+    return DescriptorMap(
+        scores=centred @ directions.T,
+        explained=values[:n_components] ** 2 / (values**2).sum(),
+        distances=np.sqrt(squared.min(axis=1)),
+    )

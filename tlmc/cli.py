@@ -93,6 +93,14 @@ app = typer.Typer(
 Mapped = Annotated[
     list[str] | None, typer.Option("--map", metavar="NEW=DONOR", help="Let an element borrow a network, e.g. Si=C.")
 ]
+Borrow = Annotated[
+    Literal["relabel", "extend"],
+    typer.Option(
+        "--borrow",
+        help="How --map works: treat the new element as its donor, or give it a copy of the donor's network and "
+        "channels that learns by itself.",
+    ),
+]
 EnergyKey = Annotated[str | None, typer.Option(help="Name of the energies in the file, e.g. REF_energy.")]
 ForcesKey = Annotated[str | None, typer.Option(help="Name of the forces in the file, e.g. REF_forces.")]
 Units = Annotated[str, typer.Option(help=_UNITS_HELP)]
@@ -173,6 +181,7 @@ def finetune(
         typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of FinetuneConfig, e.g. lambda_=0.5."),
     ] = None,
     mapped: Mapped = None,
+    borrow: Borrow = "relabel",
     split: Annotated[
         Literal["random", "blocks", "energy_groups"], typer.Option(help="How frames are parted, 70/10/20.")
     ] = "random",
@@ -199,6 +208,8 @@ def finetune(
 
     tlmc finetune molcrys-mace/21_urea --start-model ani2x --recipe thesis
 
+    tlmc finetune 27-like --map Si=C --map I=Cl --borrow extend
+
     tlmc finetune my.extxyz --map Si=C --energy-key REF_energy --forces-key REF_forces --set keep=best
     """
     from tlmc.experiments import run_experiment
@@ -210,7 +221,7 @@ def finetune(
     data = _load(dataset, energy_key, forces_key, units)
     if crystals_only:
         data = data.crystals()
-    model = _model(start_model, mapped)
+    model = _model(start_model, mapped, borrow)
     experiment = run_experiment(
         model, data, config, split=split, study=study_name or "", run_dir=run_dir, tensorboard=tensorboard
     )
@@ -230,6 +241,7 @@ def evaluate(
         bool, typer.Option("--refit", help="Fit the energy offset first: on the training part of --split.")
     ] = False,
     mapped: Mapped = None,
+    borrow: Borrow = "relabel",
     energy_key: EnergyKey = None,
     forces_key: ForcesKey = None,
     units: Units = "eV",
@@ -251,7 +263,7 @@ def evaluate(
     from tlmc.evaluation.metrics import as_json
     from tlmc.potentials.calculator import predict
 
-    data, potential = _load(dataset, energy_key, forces_key, units), _model(model, mapped)
+    data, potential = _load(dataset, energy_key, forces_key, units), _model(model, mapped, borrow)
     chosen, fitted_on = data, data
     if split is not None:
         parts = _read_split(split, data)
@@ -346,7 +358,10 @@ def info(
 @app.command()
 def label(
     structures: Annotated[
-        Path | None, typer.Argument(help="Any file that ASE reads; all of its frames.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="Any file that ASE reads, all of its frames; with --recipe also smiles:SMILES.", show_default=False
+        ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Labelled file, .extxyz or .extxyz.xz.")] = Path(
         "labelled.extxyz"
@@ -356,23 +371,33 @@ def label(
     ] = None,
     level_of_theory: Annotated[str, typer.Option(help="What to call a method of your own in the frames.")] = "",
     recipe: Annotated[
-        str | None, typer.Option(help="Perturb first, as the embedded set of this name was; STRUCTURES is the crystal.")
+        str | None,
+        typer.Option(
+            help="Make a set as the embedded one of this name was made. STRUCTURES takes the place of its crystal, or, "
+            "for a recipe that packs molecules, of its molecule."
+        ),
     ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Another seed than the recipe's.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Calculations at a time.")] = 1,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Compute frames again that failed in an earlier run.")
     ] = False,
 ) -> None:
-    """Label structures with energies, forces and stresses by any ASE calculator, or make a training set of a crystal.
+    """Label structures with energies, forces and stresses by any ASE calculator, or make a training set from scratch.
 
-    An interrupted run goes on where it was. A method of your own is a function without arguments that returns an ASE
-    calculator, of VASP, CP2K, GPAW or whatever your cluster has.
+    From scratch means: of a crystal, or of a molecule, which is packed into candidate crystals first. An interrupted
+    run goes on where it was; failed calculations are counted and named. A method of your own is a function without
+    arguments that returns an ASE calculator, of VASP, CP2K, GPAW or whatever your cluster has.
 
     [bold]Examples[/bold]
 
     tlmc label candidates.extxyz -o labelled.extxyz --processes 2
 
     tlmc label my_crystal.cif --recipe naphthalene -o my_crystal.extxyz
+
+    tlmc label --recipe 32-like -o 32-like.extxyz.xz --processes 2
+
+    tlmc label "smiles:OC(=O)CCC(O)=O" --recipe 32-like -o packings_of_succinic_acid.extxyz
 
     tlmc label frames.traj --method my_vasp.py:calculator --level-of-theory "r2SCAN, 440 eV"
     """
@@ -384,7 +409,9 @@ def label(
             raise ConfigError(f"unknown recipe {recipe!r}; known are {', '.join(labelling.RECIPES)}")
         plan = labelling.RECIPES[recipe]
         if structures is not None:
-            plan = replace(plan, name=structures.stem, structure=str(structures.resolve()))
+            plan = labelling.for_structure(plan, structures)
+        if seed is not None:
+            plan = replace(plan, seed=seed)
         if method is not None:
             plan = replace(plan, method=method)
         if level_of_theory:
@@ -392,12 +419,13 @@ def label(
         report = labelling.build(plan, output, processes, retry_failed=retry_failed)
     elif structures is not None:
         chosen = labelling.method(method or "gfn2-xtb", level_of_theory)
-        report = labelling.label(read_frames(structures), chosen, output, processes, retry_failed=retry_failed)
+        report = labelling.label(read_frames(Path(structures)), chosen, output, processes, retry_failed=retry_failed)
     else:
         raise ConfigError("name a file of structures, or a recipe with --recipe")
     out.print(
         f"{report.target}: {report.labelled} frames labelled with {report.level_of_theory} ({report.reused} of them "
-        f"before), {len(report.failed)} failed, {len(report.rejected)} left out, SHA-256 {report.sha256}",
+        f"before), {len(report.failed)} failed, {len(report.rejected)} left out, "
+        f"{len(report.discarded)} packings discarded, SHA-256 {report.sha256}",
         soft_wrap=True,
     )
 
@@ -419,17 +447,17 @@ def _load(source: str, energy_key: str | None, forces_key: str | None, units: st
     return load_dataset(source, energy_key=energy_key, forces_key=forces_key, units=units)
 
 
-def _model(name: str, mapped: list[str] | None) -> Potential:
+def _model(name: str, mapped: list[str] | None, borrow: Literal["relabel", "extend"] = "relabel") -> Potential:
     """Load a start model by name or a model file, with borrowed elements."""
     from tlmc.potentials.pretrained import StartModelName, load_start_model
-    from tlmc.potentials.transfer import relabel
+    from tlmc.potentials.transfer import with_elements
     from tlmc.training.checkpoint import load_model
 
     if Path(name).suffix == ".safetensors":
         model, _ = load_model(name)
     else:
         model = load_start_model(cast(StartModelName, name))
-    return relabel(model, _pairs(mapped, "--map")) if mapped else model
+    return with_elements(model, _pairs(mapped, "--map"), borrow)
 
 
 def _read_split(path: Path, data: Dataset) -> Any:

@@ -1,7 +1,8 @@
-"""Perturb a structure and label the frames with any ASE calculator: deterministic, parallel, resumable.
+"""Make labelled sets: pack molecules into crystals, perturb them, label the frames with any ASE calculator.
 
-A `Recipe` is data: a structure, how it is relaxed, how it is perturbed, which method labels it. `build` follows it
-stage by stage (relax, perturb, screen, label), and every stage is a public function for structures of your own.
+A `Recipe` is data: a molecule and how it is packed, or a crystal; how it is perturbed; which methods relax and label.
+`build` follows it stage by stage (pack or relax, perturb, screen, label), deterministic by seed, parallel over
+processes and resumable, and every stage is a public function for structures of your own.
 """
 
 # tlmc.datasets and tlmc.geometry are imported where they are used: they load torch, for which every worker process
@@ -12,10 +13,12 @@ from __future__ import annotations
 from tlmc.labelling.labels import LabelReport, label
 from tlmc.labelling.methods import ImportedFactory, Method, TBLiteFactory, method
 from tlmc.labelling.molecules import Bonds, find_bonds, find_molecules, isolated_molecules, make_whole
+from tlmc.labelling.packings import Packed, Packings, pack
 from tlmc.labelling.perturbations import MolecularDynamics, Perturbation, Rattle, RigidMotion, Strain, perturb, strained
-from tlmc.labelling.recipes import RECIPES, Recipe, build, read_structure
+from tlmc.labelling.recipes import RECIPES, Recipe, build, for_structure
 from tlmc.labelling.relaxation import relax
 from tlmc.labelling.screening import Rejection, Screened, screen
+from tlmc.labelling.sources import molecules_from_smiles, read_structure
 
 __all__ = [
     "RECIPES",
@@ -24,6 +27,8 @@ __all__ = [
     "LabelReport",
     "Method",
     "MolecularDynamics",
+    "Packed",
+    "Packings",
     "Perturbation",
     "Rattle",
     "Recipe",
@@ -35,10 +40,13 @@ __all__ = [
     "build",
     "find_bonds",
     "find_molecules",
+    "for_structure",
     "isolated_molecules",
     "label",
     "make_whole",
     "method",
+    "molecules_from_smiles",
+    "pack",
     "perturb",
     "read_structure",
     "relax",

@@ -43,6 +43,8 @@ class LabelReport:
     """Median over frames, also those of earlier runs."""
     rejected: tuple[Rejection, ...] = ()
     """Frames that `screen` left out."""
+    discarded: tuple[Rejection, ...] = ()
+    """Candidate crystals that `pack` tried and did not keep."""
 
 
 def label(

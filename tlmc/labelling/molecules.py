@@ -80,21 +80,44 @@ def make_whole(frame: Atoms, bonds: Bonds | None = None) -> Atoms:
     return whole
 
 
-def isolated_molecules(crystal: Atoms, vacuum: float = 8.0) -> list[Atoms]:
+def isolated_molecules(crystal: Atoms, vacuum: float = 8.0, together: bool = False) -> list[Atoms]:
     """Return the first molecule of each formula in a crystal, alone in a periodic cubic box.
 
     Parameters
     ----------
     vacuum
         Distance kept from the molecule to every face of the box, Angstrom.
+    together
+        Return one cluster of all formulas instead, each molecule in the place nearest to the first: the ions of a salt.
     """
     whole = make_whole(crystal)
-    found: dict[str, Atoms] = {}
+    of_formula: dict[str, list[Atoms]] = {}
     for members in find_molecules(whole):
         molecule = Atoms(whole.numbers[members], positions=whole.positions[members])
+        of_formula.setdefault(molecule.get_chemical_formula(), []).append(molecule)
+    chosen = [molecules[0] for molecules in of_formula.values()]
+    if together:
+        cluster = chosen[0]
+        for molecules in list(of_formula.values())[1:]:
+            cluster = cluster + _nearest(molecules, chosen[0], whole)
+        chosen = [cluster]
+    for molecule in chosen:
         edge = float(np.ptp(molecule.positions, axis=0).max()) + 2 * vacuum
         molecule.set_cell([edge] * 3)
         molecule.center()
         molecule.pbc = True
-        found.setdefault(molecule.get_chemical_formula(), molecule)
-    return list(found.values())
+    return chosen
+
+
+def _nearest(molecules: list[Atoms], target: Atoms, crystal: Atoms) -> Atoms:
+    """Return the periodic image of one of the molecules whose atoms come nearest to those of the target."""
+    shifts = np.stack(np.meshgrid(*[[-1, 0, 1] if periodic else [0] for periodic in crystal.pbc]), -1).reshape(-1, 3)
+    best, found = np.inf, molecules[0]
+    for molecule in molecules:
+        for shift in shifts @ crystal.cell.array:
+            gaps = molecule.positions[:, None] + shift - target.positions[None]
+            distance = float((gaps**2).sum(axis=-1).min())
+            if distance < best - 1e-9:
+                best, found = distance, molecule.copy()
+                found.positions += shift
+    return found

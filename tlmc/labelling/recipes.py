@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ase import Atoms
 
 from tlmc.errors import ConfigError
 from tlmc.labelling.labels import LabelReport, label
-from tlmc.labelling.methods import method
+from tlmc.labelling.methods import Method, method
 from tlmc.labelling.molecules import isolated_molecules, make_whole
+from tlmc.labelling.packings import Packings, pack
 from tlmc.labelling.perturbations import MolecularDynamics, Perturbation, Rattle, RigidMotion, Strain, perturb
 from tlmc.labelling.relaxation import relaxed
 from tlmc.labelling.screening import Rejection, screen
+from tlmc.labelling.sources import read_structure
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,18 @@ class Recipe:
 
     name: str
     structure: str
-    """``pyxtal:<name>`` for a CIF inside PyXtal's wheel, or the path of any file ASE reads."""
+    """``pyxtal:<name>`` for a CIF inside PyXtal's wheel, ``smiles:<SMILES>``, or the path of any file ASE reads."""
     plan: tuple[Perturbation, ...]
+    """Perturbations of the crystal, or of each of its packings."""
+    packings: Packings | None = None
+    """Candidate crystals of the molecule that ``structure``, a SMILES, describes; None for a structure as it is."""
     molecule_plan: tuple[Perturbation, ...] = ()
     """Perturbations of each distinct molecule alone in a box; empty for none."""
     seed: int = 0
     method: str = "gfn2-xtb"
     """Labels and relaxes."""
     sampler: str = "gfn1-xtb"
-    """Drives molecular dynamics, where the distribution matters less than the cost."""
+    """Relaxes packings and drives molecular dynamics, where the distribution matters less than the cost."""
     fmax: float = 0.02
     """Relaxation threshold, eV/Angstrom."""
     relax_cell: bool = False
@@ -41,9 +45,56 @@ class Recipe:
     """Distance from an isolated molecule to the faces of its box, Angstrom."""
 
 
+# eighteen frames of each packing
+_PACKING_PLAN: tuple[Perturbation, ...] = (
+    RigidMotion(count=3, shifts=(0.05, 0.1, 0.15), angles=(2.0, 4.0, 6.0), rattle=0.02, correlation=1.5),
+    Rattle(count=3, widths=(0.02, 0.04, 0.06), correlation=1.5),
+    Rattle(count=2, widths=(0.01, 0.02)),
+    Strain(count=5, linear=(-0.03, 0.04), random=0.02, rattle=0.03, correlation=1.5),
+    MolecularDynamics(
+        temperatures=(150.0, 300.0, 450.0, 600.0), strains=(0.0, -0.01, 0.01, 0.02), frames=1, interval=25
+    ),
+)
+_MOLECULE_PLAN: tuple[Perturbation, ...] = (
+    Rattle(count=6, widths=(0.02, 0.04, 0.06), correlation=1.5),
+    Rattle(count=3, widths=(0.01, 0.02, 0.03)),
+)
+# common space groups of organic crystals, with formula units per cell: two, or four of a small one
+_TWO_UNITS = ((2, 2), (4, 2), (1, 2), (7, 2))
+_TWO_OR_FOUR_UNITS = ((14, 4), (2, 2), (4, 2), (19, 4), (1, 2), (33, 4))
+
+
+def _packed(number: int, smiles: str, cells: tuple[tuple[int, int], ...], conformers: int = 1) -> Recipe:
+    """Return the recipe of one of the five sets that mirror those of the thesis."""
+    return Recipe(
+        name=f"{number}-like",
+        structure=f"smiles:{smiles}",
+        packings=Packings(tries=14, keep=8, cells=cells, conformers=conformers),
+        plan=_PACKING_PLAN,
+        molecule_plan=_MOLECULE_PLAN,
+        seed=number * 1000,
+    )
+
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
+        # (iodoethynyl)trimethylsilane
+        _packed(27, "C[Si](C)(C)C#CI", _TWO_OR_FOUR_UNITS),
+        # chlorotris(thiourea)copper(I)
+        _packed(28, "NC(N)=S->[Cu](Cl)(<-S=C(N)N)<-S=C(N)N", _TWO_UNITS),
+        # diflubenzuron
+        _packed(31, "O=C(NC(=O)c1c(F)cccc1F)Nc1ccc(Cl)cc1", _TWO_UNITS),
+        # ROY, 5-methyl-2-[(2-nitrophenyl)amino]thiophene-3-carbonitrile
+        _packed(32, "Cc1cc(C#N)c(Nc2ccccc2[N+](=O)[O-])s1", _TWO_UNITS, conformers=3),
+        # morpholinium chloride
+        _packed(33, "C1COCC[NH2+]1.[Cl-]", _TWO_OR_FOUR_UNITS),
+        Recipe(
+            name="ethanol",
+            structure="smiles:CCO",
+            seed=20222,
+            plan=(MolecularDynamics(temperatures=5 * (300.0, 500.0), strains=10 * (0.0,), frames=100, interval=20),),
+        ),
         Recipe(
             name="naphthalene",
             structure="pyxtal:naphthalene",
@@ -62,43 +113,31 @@ RECIPES: dict[str, Recipe] = {
                     interval=40,
                 ),
             ),
-            molecule_plan=(
-                Rattle(count=6, widths=(0.02, 0.04, 0.06), correlation=1.5),
-                Rattle(count=3, widths=(0.01, 0.02, 0.03)),
-            ),
+            molecule_plan=_MOLECULE_PLAN,
         ),
     )
 }
 
 
-def read_structure(source: str) -> Atoms:
-    """Read a structure from ``pyxtal:<name>`` or, the last one, from a file.
+def for_structure(recipe: Recipe, source: str) -> Recipe:
+    """Return the recipe for a structure of your own.
+
+    Parameters
+    ----------
+    recipe
+        If it packs molecules, a molecule is packed in the same way; a crystal is perturbed like one of its packings.
+    source
+        As `read_structure` takes it.
 
     Raises
     ------
-    ConfigError
-        If PyXtal is not installed or has no CIF of this name.
-    DataError
-        If the file cannot be read.
+    ConfigError, DataError
+        As in `read_structure`.
     """
-    from tlmc.datasets import read_frames
-
-    if source.startswith("pyxtal:"):
-        # found without importing PyXtal, which takes seconds
-        spec = importlib.util.find_spec("pyxtal")
-        if spec is None or spec.submodule_search_locations is None:
-            raise ConfigError(f"{source} needs PyXtal: pip install 'tlmc[label]'")
-        path = Path(spec.submodule_search_locations[0], "database", "cifs", source.partition(":")[2] + ".cif")
-        if not path.is_file():
-            known = ", ".join(sorted(file.stem for file in path.parent.glob("*.cif")))
-            raise ConfigError(f"PyXtal has no CIF {source.partition(':')[2]!r}; it has {known}")
-    else:
-        path = Path(source)
-    with warnings.catch_warnings():
-        # the symmetry operations listed in the file are used, so the setting it names is not needed
-        warnings.filterwarnings("ignore", "crystal system .* is not interpreted", UserWarning)
-        found = read_frames(path)[-1]
-    return Atoms(found.numbers, found.positions, cell=found.cell, pbc=found.pbc)
+    if not source.startswith(("smiles:", "pyxtal:")):
+        source = str(Path(source).resolve())
+    packings = None if read_structure(source).pbc.any() else recipe.packings
+    return replace(recipe, name=Path(source).stem, structure=source, packings=packings)
 
 
 def build(
@@ -131,16 +170,50 @@ def build(
     folder = (work or target.with_name(target.name + ".parts")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     labels, sampler = method(recipe.method), method(recipe.sampler)
-    structure = make_whole(read_structure(recipe.structure))
-    crystal = relaxed(structure, labels, recipe.fmax, recipe.relax_cell, folder)
-    frames, rejected = screen(perturb(crystal, recipe.plan, recipe.seed, sampler, processes, folder), crystal)
-    for index, molecule in enumerate(isolated_molecules(structure, recipe.vacuum) if recipe.molecule_plan else []):
-        alone = relaxed(molecule, labels, recipe.fmax, False, folder)
-        drawn = perturb(alone, recipe.molecule_plan, recipe.seed + 1 + index, sampler, processes, folder)
+    starts, discarded = _starts(recipe, labels, sampler, processes, folder)
+    frames: list[Atoms] = []
+    rejected: list[Rejection] = []
+    for start, plan, seed, info in starts:
+        drawn = perturb(start, plan, seed, sampler, processes, folder)
         for frame in drawn:
-            frame.info["group"] = "molecule"
-        screened = screen(drawn, alone)
+            frame.info |= info
+        screened = screen(drawn, start)
         rejected += [Rejection(len(frames) + len(rejected) + k, reason) for k, reason in screened.rejected]
         frames += screened.frames
     report = label(frames, labels, target, processes, folder, retry_failed)
-    return replace(report, rejected=tuple(rejected))
+    return replace(report, rejected=tuple(rejected), discarded=tuple(discarded))
+
+
+class _Start(NamedTuple):
+    """A relaxed structure and how it is perturbed."""
+
+    structure: Atoms
+    plan: tuple[Perturbation, ...]
+    seed: int
+    info: dict[str, Any]
+    """What is known of every frame that comes of it."""
+
+
+def _starts(
+    recipe: Recipe, labels: Method, sampler: Method, processes: int, folder: Path
+) -> tuple[list[_Start], list[Rejection]]:
+    """Return the crystals of a recipe, then its isolated molecules, and the packings that were discarded."""
+    discarded: list[Rejection] = []
+    if recipe.packings is None:
+        structure = make_whole(read_structure(recipe.structure))
+        crystal = relaxed(structure, labels, recipe.fmax, recipe.relax_cell, folder)
+        starts = [_Start(crystal, recipe.plan, recipe.seed, {})]
+        molecules = isolated_molecules(structure, recipe.vacuum) if recipe.molecule_plan else []
+    else:
+        packed = pack(recipe.structure, recipe.packings, recipe.seed, sampler, labels, processes, folder)
+        discarded = packed.rejected
+        starts = [
+            _Start(crystal, recipe.plan, crystal.info["seed"], {k: crystal.info[k] for k in ("packing", "space_group")})
+            for crystal in packed.crystals
+        ]
+        # the ions of a salt stay together: alone they would be charged
+        molecules = isolated_molecules(packed.crystals[0], recipe.vacuum, together=True) if recipe.molecule_plan else []
+    for index, molecule in enumerate(molecules):
+        alone = relaxed(molecule, labels, recipe.fmax, False, folder)
+        starts.append(_Start(alone, recipe.molecule_plan, recipe.seed + 1 + index, {"group": "molecule"}))
+    return starts, discarded

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +38,22 @@ def relax(
     """
     frame = structure.copy()
     frame.calc = method.make()
-    optimizer = BFGS(FrechetCellFilter(frame, scalar_pressure=pressure) if cell else frame, logfile=None)  # type: ignore[arg-type]
-    if not optimizer.run(fmax=fmax, steps=steps):
+    with quiet_logarithms():
+        optimizer = BFGS(FrechetCellFilter(frame, scalar_pressure=pressure) if cell else frame, logfile=None)  # type: ignore[arg-type]
+        converged = optimizer.run(fmax=fmax, steps=steps)
+    if not converged:
         logger.warning(
             "%s is not relaxed to %g eV/A after %d steps", structure.get_chemical_formula(), fmax, optimizer.nsteps
         )
     return rounded(frame)
+
+
+@contextlib.contextmanager
+def quiet_logarithms() -> Iterator[None]:
+    """Silence SciPy's doubt about logarithms of deformations that are right to 1e-12, which comes at every step."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "logm result may be inaccurate", RuntimeWarning)
+        yield
 
 
 @dataclass(frozen=True)

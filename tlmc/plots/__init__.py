@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from tlmc.plots.data import (
     density_landscape,
+    descriptor_map,
     energy_histogram,
     force_histogram,
     force_outliers,
@@ -27,6 +28,7 @@ __all__ = [
     "PALETTE",
     "STYLE",
     "density_landscape",
+    "descriptor_map",
     "energy_histogram",
     "energy_volume",
     "environment_vector",

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from tlmc.analysis import density, relative_energies
+from tlmc.analysis import DescriptorMap, density, relative_energies
 from tlmc.analysis import outliers as find_outliers
 from tlmc.errors import DataError
 from tlmc.evaluation.metrics import frame_force_rms
@@ -141,7 +141,9 @@ def density_landscape(
         ax.scatter(densities[part], energies[part], s=9, color=colour, alpha=0.7, linewidth=0, label=name)
     ax.set(xlabel="density (g/cm³)", ylabel="E/N above the lowest (meV/atom)")
     ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
-    if groups is not None:
+    if len(named) > 4:
+        _legend_beside(ax)
+    elif groups is not None:
         ax.legend()
     return finish(ax)
 
@@ -279,6 +281,67 @@ def split_coverage(dataset: Dataset, split: Split) -> Figure:
     for ax in (left, right):
         finish(ax)
     return figure
+
+
+_MARKERS = {"train": "o", "validation": "s", "test": "X"}
+
+
+@styled
+def descriptor_map(
+    mapped: DescriptorMap,
+    ax: Axes | None = None,
+    *,
+    groups: Sequence[object] | NDArray[Any] | None = None,
+    split: Split | None = None,
+) -> Axes:
+    """Draw the first two principal components of the frames' descriptors.
+
+    Parameters
+    ----------
+    mapped
+        As :func:`tlmc.analysis.descriptor_map` returns, of at least two components.
+    ax
+        Where to draw.
+    groups
+        What each frame belongs to, shape ``(n_frames,)``, told apart by colour.
+    split
+        Its parts are told apart by marker, the test part on top.
+    """
+    n_frames = len(mapped.scores)
+    labels = np.array([""] * n_frames if groups is None else [str(group) for group in groups])
+    names = sorted(set(labels.tolist()), key=lambda name: (len(name), name))
+    parts = {"": np.arange(n_frames)} if split is None else {name: getattr(split, name) for name in _MARKERS}
+    ax = axes_or_new(ax, aspect=0.9)
+    for colour, name in zip(colours(len(names)), names, strict=True):
+        for part, chosen in parts.items():
+            points = mapped.scores[chosen[labels[chosen] == name]]
+            test = part == "test"
+            ax.scatter(
+                points[:, 0],
+                points[:, 1],
+                s=26 if test else 11,
+                marker=_MARKERS.get(part, "o"),
+                color=colour,
+                alpha=0.9 if test else 0.55,
+                linewidth=0.5 if test else 0,
+                edgecolor="black" if test else None,
+                zorder=3 if test else 2,
+            )
+    # the legend's own points: one per group and one per part
+    entries = [(name, colour, "o") for name, colour in zip(names, colours(len(names)), strict=True) if name]
+    entries += [(part, "0.4", _MARKERS[part]) for part in parts if part]
+    handles = [ax.scatter([], [], s=16, color=colour, marker=mark, label=name) for name, colour, mark in entries]
+    first, second = (100 * share for share in mapped.explained[:2])
+    ax.set(xlabel=f"component 1 ({first:.0f} % of the variance)", ylabel=f"component 2 ({second:.0f} %)")
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    if handles:
+        _legend_beside(ax, handles=handles)
+    return finish(ax)
+
+
+def _legend_beside(ax: Axes, **entries: Any) -> None:
+    """Put a legend of many entries to the right of the axes, where it hides no point."""
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=6, **entries)
 
 
 def _by_group(dataset: Dataset, groups: Sequence[object] | NDArray[Any] | None) -> dict[str, NDArray[np.bool_]]:

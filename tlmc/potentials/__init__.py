@@ -6,16 +6,27 @@ from tlmc.potentials.calculator import Predictions, TlmcCalculator, energy_sprea
 from tlmc.potentials.export import export_state_dict, to_torchani
 from tlmc.potentials.model import Layer, Potential
 from tlmc.potentials.pretrained import load_start_model, reachable, start_models, weights_path
-from tlmc.potentials.transfer import THESIS_DONORS, parse_element_map, relabel, scratch, trainable_layers
+from tlmc.potentials.transfer import (
+    THESIS_DONORS,
+    Borrowing,
+    extend,
+    parse_element_map,
+    relabel,
+    scratch,
+    trainable_layers,
+    with_elements,
+)
 
 __all__ = [
     "THESIS_DONORS",
+    "Borrowing",
     "Layer",
     "Potential",
     "Predictions",
     "TlmcCalculator",
     "energy_spread",
     "export_state_dict",
+    "extend",
     "load_start_model",
     "member_energies",
     "parse_element_map",
@@ -27,4 +38,5 @@ __all__ = [
     "to_torchani",
     "trainable_layers",
     "weights_path",
+    "with_elements",
 ]

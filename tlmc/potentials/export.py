@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
 
 from tlmc.files import atomic_path
 from tlmc.potentials.model import Layer, Potential
+from tlmc.potentials.transfer import extend
 
 if TYPE_CHECKING:
     from torchani.arch import ANI
@@ -24,9 +23,8 @@ def to_torchani(model: Potential) -> ANI:
     Self energies and the fitted reference, per element, are in its energy shifter. An element that a fitted reference
     does not cover keeps its place with a self energy of NaN, so that its energies cannot be taken for aligned ones.
 
-    torchani has no notion of a borrowed network, so a borrowed element becomes one of its own: it gets a copy of its
-    donor's network, and in all networks its descriptor channels carry the weights of the donor's. Since first layers
-    are linear in the channels, energies and forces stay the same; training in torchani would let the copies part.
+    torchani has no notion of a borrowed network, so a borrowed element becomes one of its own, as `extend` makes it:
+    energies and forces stay the same, and training in torchani would let the copies part.
 
     Parameters
     ----------
@@ -52,10 +50,8 @@ def to_torchani(model: Potential) -> ANI:
         from torchani.nn import ANINetworks, AtomicNetwork, Ensemble
         from torchani.sae import SelfEnergy
 
-    symbols = model.elements
-    donors = [model.symbols.index(model.element_map.get(symbol, symbol)) for symbol in symbols]
-    columns = _borrowed_columns(model, donors)
-    p = model.aev
+    model = extend(model, model.element_map)
+    symbols, p = model.symbols, model.aev
     computer = AEVComputer(
         ANIRadial(p.eta_radial, p.shifts_radial, p.r_cut_radial),
         ANIAngular(p.eta_angular, p.zeta, p.shifts_angular, p.sections, p.r_cut_angular),
@@ -63,18 +59,16 @@ def to_torchani(model: Potential) -> ANI:
     )
 
     def network(layers: tuple[Layer, ...], member: int) -> AtomicNetwork:
-        first, *rest = layers
-        widths = [len(columns), *(layer.weight.shape[2] for layer in layers)]
+        widths = [layers[0].weight.shape[1], *(layer.weight.shape[2] for layer in layers)]
         result = AtomicNetwork(widths, activation="celu", bias=True).to(model.dtype)
-        for i, layer in enumerate((Layer(first.weight[:, columns], first.bias), *rest)):
+        for i, layer in enumerate(layers):
             result[i].load_state_dict({"weight": layer.weight[member].t(), "bias": layer.bias[member, 0]})
         return result
 
     members = [
-        ANINetworks({s: network(model.networks[model.symbols[d]], m) for s, d in zip(symbols, donors, strict=True)})
-        for m in range(model.members)
+        ANINetworks({symbol: network(model.networks[symbol], m) for symbol in symbols}) for m in range(model.members)
     ]
-    shifts = [model.self_energies[model.symbols[donor]] for donor in donors]
+    shifts = [model.self_energies[symbol] for symbol in symbols]
     if model.reference is not None:
         shifts = [
             shift + model.reference.offsets.get(symbol, math.nan) for symbol, shift in zip(symbols, shifts, strict=True)
@@ -103,15 +97,3 @@ def export_state_dict(model: Potential, path: Path | str) -> None:
     """
     with atomic_path(path) as temporary:
         torch.save(to_torchani(model).state_dict(), temporary)
-
-
-def _borrowed_columns(model: Potential, donors: list[int]) -> Tensor:
-    """Return for every descriptor column of the elements in `donors` the column of `model` it stands for."""
-    n_species, p = len(model.symbols), model.aev
-    starts = torch.tensor([donor * p.n_radial for donor in donors])
-    radial = starts[:, None] + torch.arange(p.n_radial)
-    # pairs of elements follow the upper triangle of a matrix, row by row
-    place = {pair: k for k, pair in enumerate(combinations_with_replacement(range(n_species), 2))}
-    pairs = [place[min(pair), max(pair)] for pair in combinations_with_replacement(donors, 2)]
-    angular = torch.tensor(pairs)[:, None] * p.n_angular + torch.arange(p.n_angular) + n_species * p.n_radial
-    return torch.cat([radial.flatten(), angular.flatten()])

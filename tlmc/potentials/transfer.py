@@ -1,9 +1,10 @@
-"""Ways to start from a model: borrow networks for new elements, choose what trains, or forget the weights."""
+"""Ways to start from a model: new elements from networks it has, what trains, or none of its weights."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import combinations_with_replacement
 from types import MappingProxyType
 from typing import Final, Literal
 
@@ -15,6 +16,7 @@ from tlmc.errors import ConfigError, ModelError
 from tlmc.potentials.model import Layer, Potential
 
 LayerScheme = Literal["all", "hidden", "last"]
+Borrowing = Literal["relabel", "extend"]
 
 THESIS_DONORS: Final[Mapping[str, str]] = MappingProxyType({"Si": "C", "I": "Cl", "Cu": "S"})
 """The elements that the thesis adds to ANI-2x, each with the element whose network and channels it borrows."""
@@ -55,8 +57,82 @@ def relabel(model: Potential, mapping: Mapping[str, str]) -> Potential:
     return dataclasses.replace(model, element_map={**model.element_map, **mapping})
 
 
+def extend(model: Potential, mapping: Mapping[str, str]) -> Potential:
+    r"""Give new elements networks and descriptor channels of their own, which start as copies of their donors'.
+
+    The new element gets a radial block, an angular block with every element and its own network. In all networks the
+    rows of the first layer that belong to a new block repeat those of the donor's block. A first layer is linear in the
+    columns, and with its donor ``d`` a relabelled atom ``e`` adds to the donor's columns what it now adds to its own,
+    :math:`w_d (G_d + G_e) = w_d G_d + w_d G_e`, so energies and forces start as those of `relabel`. In training the
+    copies part, and the model learns to tell the element from its donor, as a centre, a neighbour and in pairs.
+
+    Parameters
+    ----------
+    model
+        Potential to extend; it is not changed. An element that it borrows already gets what it borrowed.
+    mapping
+        New element to donor, such as `THESIS_DONORS`.
+
+    Returns
+    -------
+    Potential
+        With the new elements at the end of `Potential.symbols`.
+
+    Raises
+    ------
+    ModelError
+        As `relabel`.
+    """
+    borrowing = relabel(model, mapping)
+    symbols = (*model.symbols, *mapping)
+    donors = [model.symbols.index(mapping.get(symbol, symbol)) for symbol in symbols]
+    rows = _donated_columns(model, donors)
+
+    def network(symbol: str) -> tuple[Layer, ...]:
+        first, *rest = model.networks[symbol]
+        return (
+            Layer(first.weight[:, rows], first.bias.clone()),
+            *(Layer(*(t.clone() for t in layer)) for layer in rest),
+        )
+
+    return dataclasses.replace(
+        model,
+        symbols=symbols,
+        networks={symbol: network(mapping.get(symbol, symbol)) for symbol in symbols},
+        self_energies={symbol: model.self_energies[mapping.get(symbol, symbol)] for symbol in symbols},
+        element_map={new: donor for new, donor in borrowing.element_map.items() if new not in mapping},
+    )
+
+
+def with_elements(model: Potential, mapping: Mapping[str, str], borrowing: Borrowing = "relabel") -> Potential:
+    """Return `relabel` or `extend` of a model, by name; an empty mapping leaves it as it is.
+
+    Raises
+    ------
+    ConfigError
+        If ``borrowing`` is neither.
+    """
+    if borrowing not in ("relabel", "extend"):
+        raise ConfigError(f"borrowing must be relabel or extend, got {borrowing!r}")
+    if not mapping:
+        return model
+    return (relabel if borrowing == "relabel" else extend)(model, mapping)
+
+
+def _donated_columns(model: Potential, donors: Sequence[int]) -> Tensor:
+    """Return, for every descriptor column of elements with these donors, the column of the model that it copies."""
+    n_species, p = len(model.symbols), model.aev
+    starts = torch.tensor([donor * p.n_radial for donor in donors])
+    radial = starts[:, None] + torch.arange(p.n_radial)
+    # pairs of elements follow the upper triangle of a matrix, row by row
+    place = {pair: k for k, pair in enumerate(combinations_with_replacement(range(n_species), 2))}
+    pairs = [place[min(pair), max(pair)] for pair in combinations_with_replacement(donors, 2)]
+    angular = torch.tensor(pairs)[:, None] * p.n_angular + torch.arange(p.n_angular) + n_species * p.n_radial
+    return torch.cat([radial.flatten(), angular.flatten()])
+
+
 def parse_element_map(text: str) -> dict[str, str]:
-    """Read a mapping for `relabel` from one line of text, ``"Si=C, I=Cl"``; an empty line maps nothing.
+    """Read a mapping for `relabel` or `extend` from one line of text, ``"Si=C, I=Cl"``; an empty line maps nothing.
 
     Raises
     ------
