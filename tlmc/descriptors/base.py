@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -227,7 +227,8 @@ class LocalDescriptor(Descriptor):
             )
             first_row += len(wanted)
             first_atom += len(frame)
-        return Environments(*(torch.cat(column) for column in zip(*parts, strict=True)), tuple(map(len, frames)))
+        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+        return Environments._make([*columns, tuple(map(len, frames))])
 
     def __call__(self, structures: Structures, centers: Centers = None) -> Tensor:
         """Return one row per centre; see :class:`Descriptor`."""
@@ -314,10 +315,10 @@ def center_lists(structures: Structures, centers: Centers) -> list[Tensor]:
     frames = as_list(structures)
     if centers is None:
         return [torch.arange(len(frame)) for frame in frames]
-    lists = [centers] if isinstance(structures, Atoms) else list(centers)
+    lists: list[Any] = [centers] if isinstance(structures, Atoms) else list(centers)
     if len(lists) != len(frames):
         raise ConfigError(f"{len(frames)} structures need as many lists of centers, got {len(lists)}")
-    result = [torch.as_tensor(list(indices), dtype=torch.int64).reshape(-1) for indices in lists]  # type: ignore[arg-type]
+    result = [torch.as_tensor(list(indices), dtype=torch.int64).reshape(-1) for indices in lists]
     for k, (frame, indices) in enumerate(zip(frames, result, strict=True)):
         if len(indices) == 0 or int(indices.min()) < 0 or int(indices.max()) >= len(frame):
             raise ConfigError(f"centers of structure {k} must lie in 0 to {len(frame) - 1}, got {indices.tolist()}")

@@ -192,7 +192,7 @@ def _pairs(positions: Tensor, cell: Tensor, r_cut: float) -> tuple[Tensor, Tenso
 def _real_space(positions: Tensor, cell: Tensor, parameters: EwaldParameters) -> Tensor:
     n_atoms = len(positions)
     centre, neighbour, vectors = _pairs(positions, cell, parameters.r_cut)
-    distances = torch.linalg.vector_norm(vectors, dim=1)
+    distances: Tensor = torch.linalg.vector_norm(vectors, dim=1)
     terms = torch.erfc(parameters.splitting * distances) / distances
     return terms.new_zeros(n_atoms * n_atoms).index_add(0, centre * n_atoms + neighbour, terms).view(n_atoms, n_atoms)
 
@@ -211,7 +211,7 @@ def _real_slopes(positions: Tensor, cell: Tensor, parameters: EwaldParameters) -
 
 def _reciprocal_vectors(cell: Tensor, g_cut: float) -> Tensor:
     """Return one of each pair ``G, -G`` within the cutoff, shape ``(n_vectors, 3)``, dependent on the cell."""
-    reciprocal = 2.0 * math.pi * torch.linalg.inv(cell).T
+    reciprocal: Tensor = 2.0 * math.pi * torch.linalg.inv(cell).T
     # |G| < g_cut lies within n_k <= g_cut |a_k| / 2 pi, because G . a_k = 2 pi n_k
     limits = (g_cut * torch.linalg.vector_norm(cell.detach(), dim=1) / (2.0 * math.pi)).floor().int().tolist()
     first = torch.arange(0, limits[0] + 1)

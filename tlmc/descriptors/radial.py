@@ -141,8 +141,9 @@ class PolynomialBasis(RadialBasis):
 
     def _norms(self) -> Array:
         """Return the norms of ``t^3 P_k^(2,6)(2 t - 1)`` with the weight ``r^2 dr``, where ``t = 1 - r / r_cut``."""
-        norms = [self.r_cut**3 * (k + 1) * (k + 2) / ((2 * k + 9) * (k + 7) * (k + 8)) for k in range(self.n_max)]
-        return np.sqrt(np.array(norms))
+        squared = [self.r_cut**3 * (k + 1) * (k + 2) / ((2 * k + 9) * (k + 7) * (k + 8)) for k in range(self.n_max)]
+        norms: Array = np.sqrt(np.array(squared))
+        return norms
 
     def _to_symmetric(self) -> Array:
         """Return the rotation from orthonormal Jacobi polynomials to the symmetrically orthonormalised functions.

@@ -324,7 +324,8 @@ def _prefactor(degree: int) -> float:
 def _lengths(vectors: Tensor) -> Tensor:
     """Return the lengths of vectors ``(3, n)``; much faster than a norm over the first dimension."""
     x, y, z = vectors
-    return (x * x + y * y + z * z).sqrt()
+    squared: Tensor = x * x + y * y + z * z
+    return squared.sqrt()
 
 
 def _cosine(distances: Tensor, r_cut: float) -> Tensor:
