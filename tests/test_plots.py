@@ -366,7 +366,9 @@ class TestDescriptorMap:
     mapped = analysis.DescriptorMap(np.arange(12.0).reshape(6, 2), np.array([0.7, 0.2]), np.zeros(6))
 
     def test_names_groups_and_parts(self):
-        split = Split(train=np.array([0, 1, 2]), validation=np.array([3]), test=np.array([4, 5]), method="random", seed=0)
+        split = Split(
+            train=np.array([0, 1, 2]), validation=np.array([3]), test=np.array([4, 5]), method="random", seed=0
+        )
         ax = plots.descriptor_map(self.mapped, groups=list("abbaab"), split=split)
         assert legend(ax) == ["a", "b", "train", "validation", "test"]
         assert ax.get_xlabel() == "component 1 (70 % of the variance)"
