@@ -1,0 +1,23 @@
+"""Kernel methods (thesis section 2.2), from the kernel trick to force fields, in double precision.
+
+Estimators keep their arguments, ``fit`` returns the estimator, and what is learnt ends in an underscore.
+"""
+
+from __future__ import annotations
+
+from tlmc.kernels.functions import Gaussian, Kernel, Matern52
+from tlmc.kernels.gpr import GaussianProcess
+from tlmc.kernels.large import IterativeProcess, NystromProcess, conjugate_gradients
+from tlmc.kernels.representatives import cur, farthest_points
+
+__all__ = [
+    "Gaussian",
+    "GaussianProcess",
+    "IterativeProcess",
+    "Kernel",
+    "Matern52",
+    "NystromProcess",
+    "conjugate_gradients",
+    "cur",
+    "farthest_points",
+]
