@@ -64,12 +64,14 @@ _TWO_UNITS = ((2, 2), (4, 2), (1, 2), (7, 2))
 _TWO_OR_FOUR_UNITS = ((14, 4), (2, 2), (4, 2), (19, 4), (1, 2), (33, 4))
 
 
-def _packed(number: int, smiles: str, cells: tuple[tuple[int, int], ...], conformers: int = 1) -> Recipe:
+def _packed(
+    number: int, smiles: str, cells: tuple[tuple[int, int], ...], tries: int = 14, conformers: int = 1
+) -> Recipe:
     """Return the recipe of one of the five sets that mirror those of the thesis."""
     return Recipe(
         name=f"{number}-like",
         structure=f"smiles:{smiles}",
-        packings=Packings(tries=14, keep=8, cells=cells, conformers=conformers),
+        packings=Packings(tries=tries, keep=8, cells=cells, conformers=conformers),
         plan=_PACKING_PLAN,
         molecule_plan=_MOLECULE_PLAN,
         seed=number * 1000,
@@ -84,11 +86,11 @@ RECIPES: dict[str, Recipe] = {
         # chlorotris(thiourea)copper(I)
         _packed(28, "NC(N)=S->[Cu](Cl)(<-S=C(N)N)<-S=C(N)N", _TWO_UNITS),
         # diflubenzuron
-        _packed(31, "O=C(NC(=O)c1c(F)cccc1F)Nc1ccc(Cl)cc1", _TWO_UNITS),
+        _packed(31, "O=C(NC(=O)c1c(F)cccc1F)Nc1ccc(Cl)cc1", _TWO_UNITS, tries=11),
         # ROY, 5-methyl-2-[(2-nitrophenyl)amino]thiophene-3-carbonitrile
-        _packed(32, "Cc1cc(C#N)c(Nc2ccccc2[N+](=O)[O-])s1", _TWO_UNITS, conformers=3),
+        _packed(32, "Cc1cc(C#N)c(Nc2ccccc2[N+](=O)[O-])s1", _TWO_UNITS, tries=12, conformers=3),
         # morpholinium chloride
-        _packed(33, "C1COCC[NH2+]1.[Cl-]", _TWO_OR_FOUR_UNITS),
+        _packed(33, "C1COCC[NH2+]1.[Cl-]", _TWO_OR_FOUR_UNITS, tries=12),
         Recipe(
             name="ethanol",
             structure="smiles:CCO",
