@@ -380,6 +380,22 @@ class TestDescriptorMap:
         assert plots.descriptor_map(self.mapped).get_legend() is None
 
 
+class TestSetsOverview:
+    def test_a_row_for_each_set_without_its_molecules(self, pair):
+        labels, _ = pair
+        figure = plots.sets_overview([labels, labels])
+        assert len(figure.axes) == 6
+        assert [ax.get_title(loc="left") for ax in figure.axes[::3]] == [labels.name] * 2
+        landscape = figure.axes[2]
+        assert sum(len(points.get_offsets()) for points in landscape.collections) == labels.is_crystal.sum()
+
+    def test_a_set_of_molecules_is_refused(self):
+        with pytest.raises(DataError, match="none of 9 frames is a crystal"):
+            plots.sets_overview([load_dataset("ethanol").subset(range(9))])
+        with pytest.raises(DataError, match="needs at least one set"):
+            plots.sets_overview([])
+
+
 class TestOutliers:
     def test_names_frames_beyond_the_bound(self):
         forces = [np.full((3, 3), 0.1 + 0.001 * i) for i in range(40)]

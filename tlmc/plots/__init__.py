@@ -20,6 +20,7 @@ from tlmc.plots.data import (
 from tlmc.plots.errors import error_against_force, error_by_element, parity, parity_grid, residual_histogram
 from tlmc.plots.learning import learning_curve, learning_curves, validation_curves
 from tlmc.plots.models import energy_volume, environment_vector
+from tlmc.plots.overview import sets_overview
 from tlmc.plots.style import COLUMN, ELEMENT_COLOURS, PALETTE, STYLE, save_figure, styled, subplots
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "parity_grid",
     "residual_histogram",
     "save_figure",
+    "sets_overview",
     "split_coverage",
     "styled",
     "subplots",
