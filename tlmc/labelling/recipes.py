@@ -86,11 +86,11 @@ RECIPES: dict[str, Recipe] = {
         # chlorotris(thiourea)copper(I)
         _packed(28, "NC(N)=S->[Cu](Cl)(<-S=C(N)N)<-S=C(N)N", _TWO_UNITS),
         # diflubenzuron
-        _packed(31, "O=C(NC(=O)c1c(F)cccc1F)Nc1ccc(Cl)cc1", _TWO_UNITS, tries=11),
+        _packed(31, "O=C(NC(=O)c1c(F)cccc1F)Nc1ccc(Cl)cc1", _TWO_UNITS, tries=10),
         # ROY, 5-methyl-2-[(2-nitrophenyl)amino]thiophene-3-carbonitrile
-        _packed(32, "Cc1cc(C#N)c(Nc2ccccc2[N+](=O)[O-])s1", _TWO_UNITS, tries=12, conformers=3),
+        _packed(32, "Cc1cc(C#N)c(Nc2ccccc2[N+](=O)[O-])s1", _TWO_UNITS, tries=10, conformers=3),
         # morpholinium chloride
-        _packed(33, "C1COCC[NH2+]1.[Cl-]", _TWO_OR_FOUR_UNITS, tries=12),
+        _packed(33, "C1COCC[NH2+]1.[Cl-]", _TWO_OR_FOUR_UNITS, tries=10),
         Recipe(
             name="ethanol",
             structure="smiles:CCO",
