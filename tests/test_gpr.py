@@ -13,7 +13,6 @@ from sklearn.gaussian_process import kernels as reference
 
 from tlmc.errors import ConfigError, DataError, ModelError
 from tlmc.kernels import Gaussian, GaussianProcess, IterativeProcess, Matern52, NystromProcess, conjugate_gradients
-from tlmc.kernels.representatives import cur, farthest_points
 
 PAIRS = {
     "gaussian": (Gaussian, lambda length: reference.RBF(length)),
@@ -157,16 +156,17 @@ class TestManyPoints:
         torch.testing.assert_close(low_rank.predict(more), exact.predict(more), rtol=0, atol=1e-6)
         torch.testing.assert_close(low_rank.std(more), exact.std(more), rtol=0, atol=1e-6)
 
-    def test_nystrom_converges_and_is_less_certain(self):
+    def test_nystrom_converges_from_the_side_of_doubt(self):
         x, y, more = sample(n=300)
         exact = GaussianProcess(Gaussian(1.7, 0.8), 0.01, optimize=False).fit(x, y)
-        errors = []
+        errors, stds = [], []
         for n in (10, 40, 120):
             low_rank = NystromProcess(Gaussian(1.7, 0.8), 0.01, n_inducing=n).fit(x, y)
             errors.append(float((low_rank.predict(more) - exact.predict(more)).abs().max()))
-            assert bool((low_rank.std(more) >= exact.std(more) - 1e-4).all())
+            stds.append(float(low_rank.std(more).mean()))
         assert errors[0] > errors[1] > errors[2]
         assert errors[2] < 1e-2
+        assert stds[0] > stds[1] > stds[2] > float(exact.std(more).mean()) - 1e-6
 
     @pytest.mark.parametrize(("n", "n_inducing"), [(200, 0), (700, 60)])
     def test_conjugate_gradients_give_the_exact_mean(self, n, n_inducing):
@@ -194,34 +194,7 @@ class TestManyPoints:
         x, y, _ = sample()
         with pytest.raises(ModelError, match="not converged in 2 steps"):
             IterativeProcess(Gaussian(1.7, 0.8), 1e-6, max_steps=2).fit(x, y)
-        with pytest.raises(ConfigError, match="between 1 and 40 representatives can be chosen of 40 rows, got 41"):
+        with pytest.raises(ConfigError, match="n_selected must lie in 1 to 40, got 41"):
             NystromProcess(Gaussian(), 0.01, 41).fit(x, y)
         with pytest.raises(ConfigError, match=r"noise must be a positive variance, got -1\.0"):
             NystromProcess(Gaussian(), -1.0, 4).fit(x, y)
-
-
-class TestRepresentatives:
-    def test_farthest_points_cover(self):
-        rows = torch.from_numpy(np.random.default_rng(0).normal(size=(200, 3)))
-        reach = [float(torch.cdist(rows, rows[farthest_points(rows, n)]).amin(1).max()) for n in (1, 5, 30, 200)]
-        assert reach[0] > reach[1] > reach[2] > reach[3]
-        assert reach[3] < 1e-6
-
-    def test_copies_are_not_chosen(self):
-        rows = torch.tensor([[0.0], [1.0], [0.0], [1.0]])
-        assert farthest_points(rows, 4).tolist() == [0, 1]
-
-    def test_cur_finds_the_rows_that_span(self):
-        rng = np.random.default_rng(0)
-        basis = rng.normal(size=(3, 20))
-        # 50 rows nearly along the first direction, and one large one along each of the others
-        rows = np.concatenate([rng.normal(size=(50, 1)) * basis[:1], 30 * basis[1:]]) + 1e-6 * rng.normal(size=(52, 20))
-        chosen = cur(torch.from_numpy(rows), 3)
-        assert {50, 51} < set(chosen.tolist())
-        span = torch.from_numpy(rows)[chosen]
-        fit = torch.linalg.lstsq(span.T, torch.from_numpy(rows).T)
-        assert float((span.T @ fit.solution - torch.from_numpy(rows).T).abs().max()) < 1e-3
-
-    def test_cur_of_all(self):
-        rows = torch.from_numpy(np.random.default_rng(0).normal(size=(6, 9)))
-        assert sorted(cur(rows, 6).tolist()) == list(range(6))

@@ -6,18 +6,20 @@ Estimators keep their arguments, ``fit`` returns the estimator, and what is lear
 from __future__ import annotations
 
 from tlmc.kernels.functions import Gaussian, Kernel, Matern52
+from tlmc.kernels.gdml import GDML
 from tlmc.kernels.gpr import GaussianProcess
 from tlmc.kernels.large import IterativeProcess, NystromProcess, conjugate_gradients
-from tlmc.kernels.representatives import cur, farthest_points
+from tlmc.kernels.permutations import complete_group, find_permutations
 
 __all__ = [
+    "GDML",
     "Gaussian",
     "GaussianProcess",
     "IterativeProcess",
     "Kernel",
     "Matern52",
     "NystromProcess",
+    "complete_group",
     "conjugate_gradients",
-    "cur",
-    "farthest_points",
+    "find_permutations",
 ]

@@ -21,7 +21,7 @@ from torch import Tensor
 from tlmc.errors import ConfigError, ModelError
 from tlmc.kernels.functions import Kernel
 from tlmc.kernels.gpr import check_points
-from tlmc.kernels.representatives import farthest_points
+from tlmc.sampling.diversity import farthest_points
 
 JITTER = 1e-10
 """Added to the diagonal of the inducing points' covariance, relative to the variance, so that it has a factor."""
@@ -62,7 +62,7 @@ class NystromProcess:
         _check_noise(self.noise)
         x, y = check_points(x, y)
         self.mean_ = float(y.mean()) if self.centre else 0.0
-        self.inducing_ = x[farthest_points(x, self.n_inducing)]
+        self.inducing_ = x[torch.from_numpy(farthest_points(x, self.n_inducing))]
         self.prior_factor_ = inducing_factor(self.kernel, self.inducing_)
         half = torch.linalg.solve_triangular(self.prior_factor_, self.kernel(self.inducing_, x), upper=False)
         # B = 1 + V V^T / lambda with V = L^-1 K_mn is well conditioned, K_mm + K_mn K_nm / lambda is not
@@ -161,7 +161,7 @@ class IterativeProcess:
 
     def _preconditioner(self) -> Callable[[Tensor], Tensor]:
         """Return ``(V^T V + lambda 1)^-1`` as a function, by the Woodbury identity."""
-        inducing = self.x_[farthest_points(self.x_, self.n_inducing)]
+        inducing = self.x_[torch.from_numpy(farthest_points(self.x_, self.n_inducing))]
         factor = inducing_factor(self.kernel, inducing)
         half = torch.linalg.solve_triangular(factor, self.kernel(inducing, self.x_), upper=False)
         system = half @ half.T
