@@ -183,7 +183,7 @@ class SOAP(LocalDescriptor):
             sums, used = [], 0
             for width in widths:
                 radial = overlaps[degree, :, used : used + n_centres * width].view(self.n_max, n_centres, width)
-                angular = harmonics[degree][:, used : used + n_centres * width].view(-1, n_centres, width)
+                angular = harmonics[degree][:, used : used + n_centres * width].view(2 * degree + 1, n_centres, width)
                 sums.append(torch.bmm(radial.transpose(0, 1), angular.permute(1, 2, 0)))
                 used += n_centres * width
             c = torch.matmul(mixing[degree], torch.stack(sums, dim=1))
