@@ -6,12 +6,14 @@ Estimators keep their arguments, ``fit`` returns the estimator, and what is lear
 from __future__ import annotations
 
 from tlmc.kernels.functions import Gaussian, Kernel, Matern52
+from tlmc.kernels.gap import GAP
 from tlmc.kernels.gdml import GDML
 from tlmc.kernels.gpr import GaussianProcess
 from tlmc.kernels.large import IterativeProcess, NystromProcess, conjugate_gradients
 from tlmc.kernels.permutations import complete_group, find_permutations
 
 __all__ = [
+    "GAP",
     "GDML",
     "Gaussian",
     "GaussianProcess",

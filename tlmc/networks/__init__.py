@@ -1,11 +1,19 @@
 """Neural networks from first principles: layers and back-propagation, optimisers, and two kinds of atomistic network.
 
 - :mod:`tlmc.networks.mlp`: a fully connected network, its back-propagation written out, gradients over depth;
-- :mod:`tlmc.networks.optimizers`: gradient descent, subgradient, SGD, AdaGrad, RMSProp, Adam, AdamW.
+- :mod:`tlmc.networks.optimizers`: gradient descent, subgradient, SGD, AdaGrad, RMSProp, Adam, AdamW;
+- :mod:`tlmc.networks.atomistic`: what networks of atoms share: sums over atoms, forces, scales;
+- :mod:`tlmc.networks.behler_parrinello`: one network per element on a descriptor;
+- :mod:`tlmc.networks.deep_tensor`: representations learned end to end;
+- :mod:`tlmc.networks.fitting`: their training in minibatches, and test errors against the number of frames.
 """
 
 from __future__ import annotations
 
+from tlmc.networks.atomistic import AtomisticNetwork, Output
+from tlmc.networks.behler_parrinello import BehlerParrinelloNetwork
+from tlmc.networks.deep_tensor import DeepTensorNetwork
+from tlmc.networks.fitting import FitConfig, FitResult, error_over_size, fit, shrunk
 from tlmc.networks.mlp import ACTIVATIONS, MLP, Gradients, gradient_norms, n_parameters
 from tlmc.networks.optimizers import (
     OPTIMIZERS,
@@ -27,11 +35,20 @@ __all__ = [
     "AdaGrad",
     "Adam",
     "AdamW",
+    "AtomisticNetwork",
+    "BehlerParrinelloNetwork",
+    "DeepTensorNetwork",
+    "FitConfig",
+    "FitResult",
     "GradientDescent",
     "Gradients",
     "Optimizer",
+    "Output",
     "RMSProp",
     "Subgradient",
+    "error_over_size",
+    "fit",
     "gradient_norms",
     "n_parameters",
+    "shrunk",
 ]
