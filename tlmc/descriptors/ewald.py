@@ -140,7 +140,7 @@ def printed_off_diagonal(charges: Tensor, positions: Tensor, cell: Tensor, param
     """
     z, a, volume = charges.to(positions.dtype), parameters.splitting, torch.linalg.det(cell).abs()
     reciprocal = _reciprocal_space(positions, cell, volume, parameters) / (4.0 * math.pi**2)
-    total = torch.outer(z, z) * (_real_space(positions, cell, parameters) + reciprocal)
+    total: Tensor = torch.outer(z, z) * (_real_space(positions, cell, parameters) + reciprocal)
     total = total - (z[:, None] ** 2 + z**2) * a / math.sqrt(math.pi)
     total = total - (z[:, None] + z) ** 2 * math.pi / (2.0 * volume * a**2)
     return total.fill_diagonal_(0.0)

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from tlmc.descriptors.base import Environments, LocalDescriptor, SparseJacobian
+from tlmc.descriptors.base import Environments, LocalDescriptor, SparseJacobian, chunks
 from tlmc.descriptors.harmonics import harmonics_and_gradients, spherical_harmonics
 from tlmc.descriptors.radial import GaussianBasis, PolynomialBasis, RadialBasis
 from tlmc.errors import ConfigError
@@ -126,8 +126,8 @@ class SOAP(LocalDescriptor):
         list of Tensor
             For each degree shape ``(n_centres, n_species * n_max, 2 l + 1)``.
         """
-        chunks = [self._coefficients(environments, *bounds) for bounds in _chunks(environments)]
-        return [torch.cat(degree) for degree in zip(*chunks, strict=True)]
+        parts = [self._coefficients(environments, *bounds) for bounds in chunks(environments, PAIRS_AT_ONCE)]
+        return [torch.cat(degree) for degree in zip(*parts, strict=True)]
 
     def values(self, environments: Environments) -> Tensor:
         """Return the power spectra, differentiable (twice) in ``environments.vectors``; see :class:`LocalDescriptor`.
@@ -137,8 +137,8 @@ class SOAP(LocalDescriptor):
         if self.average == "inner":
             averaged = [_mean(c, environments) for c in self.coefficients(environments)]
             return self._spectrum(averaged)
-        chunks = [self._spectrum(self._coefficients(environments, *bounds)) for bounds in _chunks(environments)]
-        spectra = torch.cat(chunks)
+        parts = [self._coefficients(environments, *bounds) for bounds in chunks(environments, PAIRS_AT_ONCE)]
+        spectra = torch.cat([self._spectrum(part) for part in parts])
         return _mean(spectra, environments) if self.average == "outer" else spectra
 
     def jacobian(self, environments: Environments) -> SparseJacobian:
@@ -230,7 +230,7 @@ class SOAP(LocalDescriptor):
     def _jacobian_chunks(self, environments: Environments) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield rows, atoms and derivatives of the spectra, chunk by chunk."""
         n_atoms, n_features = sum(environments.sizes), self.n_features
-        for first, last, begin, end in _chunks(environments, PAIRS_AT_ONCE // 4):
+        for first, last, begin, end in chunks(environments, PAIRS_AT_ONCE // 4):
             centre, neighbour = environments.centre[begin:end], environments.neighbour[begin:end]
             rows = torch.arange(first, last)
             keys = torch.cat([centre * n_atoms + neighbour, rows * n_atoms + environments.atoms[first:last]])
@@ -267,7 +267,7 @@ class SOAP(LocalDescriptor):
             environments.vectors.new_zeros(self.n_max, 3, 2 * degree + 1, n_atoms * n_species)
             for degree in range(self.l_max + 1)
         ]
-        for _, _, begin, end in _chunks(environments, PAIRS_AT_ONCE // 4):
+        for _, _, begin, end in chunks(environments, PAIRS_AT_ONCE // 4):
             species = environments.neighbour_species[begin:end]
             to = environments.neighbour[begin:end] * n_species + species
             out_of = environments.atoms[environments.centre[begin:end]] * n_species + species
@@ -343,14 +343,3 @@ def _mean(rows: Tensor, environments: Environments) -> Tensor:
 
 def _structure_of_atoms(environments: Environments) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(environments.sizes)), torch.tensor(environments.sizes))
-
-
-def _chunks(environments: Environments, pairs: int = PAIRS_AT_ONCE) -> Iterator[tuple[int, int, int, int]]:
-    """Yield first and last centre and first and last pair of pieces with about so many pairs."""
-    n_centres = len(environments.species)
-    ends = torch.searchsorted(environments.centre, torch.arange(n_centres), right=True).tolist()
-    first, begin = 0, 0
-    for row in range(n_centres):
-        if row + 1 == n_centres or ends[row + 1] - begin > pairs:
-            yield first, row + 1, begin, ends[row]
-            first, begin = row + 1, ends[row]
