@@ -20,6 +20,17 @@ from tlmc.plots.data import (
 from tlmc.plots.errors import error_against_force, error_by_element, parity, parity_grid, residual_histogram
 from tlmc.plots.learning import learning_curve, learning_curves, validation_curves
 from tlmc.plots.models import energy_volume, environment_vector
+from tlmc.plots.networks import (
+    activations,
+    curve_fits,
+    descent_losses,
+    descent_paths,
+    error_over_size,
+    fit_histories,
+    gradients_over_depth,
+    representation_map,
+    spread_by_kind,
+)
 from tlmc.plots.overview import sets_overview
 from tlmc.plots.style import COLUMN, ELEMENT_COLOURS, PALETTE, STYLE, save_figure, styled, subplots
 
@@ -28,25 +39,34 @@ __all__ = [
     "ELEMENT_COLOURS",
     "PALETTE",
     "STYLE",
+    "activations",
+    "curve_fits",
     "density_landscape",
+    "descent_losses",
+    "descent_paths",
     "descriptor_map",
     "energy_histogram",
     "energy_volume",
     "environment_vector",
     "error_against_force",
     "error_by_element",
+    "error_over_size",
+    "fit_histories",
     "force_histogram",
     "force_outliers",
+    "gradients_over_depth",
     "learning_curve",
     "learning_curves",
     "neighbour_distances",
     "outliers",
     "parity",
     "parity_grid",
+    "representation_map",
     "residual_histogram",
     "save_figure",
     "sets_overview",
     "split_coverage",
+    "spread_by_kind",
     "styled",
     "subplots",
     "validation_curves",
