@@ -17,7 +17,7 @@ import torch
 from ase.build import molecule
 from matplotlib.axes import Axes
 
-from tlmc import analysis, networks, plots
+from tlmc import analysis, networks, plots, sampling
 from tlmc.datasets import load_dataset
 from tlmc.descriptors.aev import AEVParameters, aev, neighbours
 from tlmc.errors import ConfigError, DataError
@@ -78,6 +78,17 @@ CALLS = {
     ),
     "error_by_element": lambda labels, predicted, ax: plots.error_by_element(
         {"before": evaluate(labels, predicted)}, ax
+    ),
+    "drawn_energies": lambda labels, predicted, ax: plots.drawn_energies({"thesis": [0.1, 0.2, 0.4]}, ax),
+    "committee_scan": lambda labels, predicted, ax: plots.committee_scan([1.0, 1.5], [[0, 1], [0, 2]], [1.1], ax),
+    "reliability_diagram": lambda labels, predicted, ax: plots.reliability_diagram(
+        {"as it is": sampling.reliability(labels.energies, np.ones(len(labels)))}, ax
+    ),
+    "spread_and_error": lambda labels, predicted, ax: plots.spread_and_error(
+        {"as it is": sampling.error_against_spread(labels.energies, np.arange(1, len(labels) + 1))}, ax
+    ),
+    "active_learning": lambda labels, predicted, ax: plots.active_learning(
+        pd.DataFrame({"name": "a", "seed": 0, "n_labels": [2, 4], "force_rmse_vector": [1.0, 0.5]}), ax
     ),
     "activations": lambda labels, predicted, ax: plots.activations(ax, slope=True),
     "descent_paths": lambda labels, predicted, ax: plots.descent_paths(

@@ -32,6 +32,14 @@ from tlmc.plots.networks import (
     spread_by_kind,
 )
 from tlmc.plots.overview import sets_overview
+from tlmc.plots.sampling import (
+    active_learning,
+    committee_scan,
+    drawn_energies,
+    normal_mode,
+    reliability_diagram,
+    spread_and_error,
+)
 from tlmc.plots.style import COLUMN, ELEMENT_COLOURS, PALETTE, STYLE, save_figure, styled, subplots
 
 __all__ = [
@@ -40,11 +48,14 @@ __all__ = [
     "PALETTE",
     "STYLE",
     "activations",
+    "active_learning",
+    "committee_scan",
     "curve_fits",
     "density_landscape",
     "descent_losses",
     "descent_paths",
     "descriptor_map",
+    "drawn_energies",
     "energy_histogram",
     "energy_volume",
     "environment_vector",
@@ -58,14 +69,17 @@ __all__ = [
     "learning_curve",
     "learning_curves",
     "neighbour_distances",
+    "normal_mode",
     "outliers",
     "parity",
     "parity_grid",
+    "reliability_diagram",
     "representation_map",
     "residual_histogram",
     "save_figure",
     "sets_overview",
     "split_coverage",
+    "spread_and_error",
     "spread_by_kind",
     "styled",
     "subplots",
