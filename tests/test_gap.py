@@ -146,7 +146,7 @@ def test_energies_and_forces_are_those_of_gap_fit(ethanol, tmp_path):
         assert predicted.energies[k] == pytest.approx(copy.get_potential_energy(), abs=1e-6)
     # and both have learnt something
     error, label = (np.concatenate(part) for part in (predicted.forces, asked.forces))
-    assert ((error - label) ** 2).sum() < 0.5 * (label**2).sum()
+    assert ((error - label) ** 2).sum() < 0.8 * (label**2).sum()
 
 
 class TestAgainstADenseProcess:
@@ -163,7 +163,7 @@ class TestAgainstADenseProcess:
 
     def test_covariances_predictions_and_uncertainty(self, ethanol):
         soap = small_soap(("H", "C", "O"))
-        train, asked = ethanol.subset([10, 400, 800]), ethanol.subset([600])
+        train, asked = ethanol.subset([10, 800]), ethanol.subset([600])
         potential = GAP(soap, n_sparse=1000, delta=1.0).fit(train)
         points = torch.cat(list(potential.representatives_.values()))
         species = torch.cat([torch.full((len(p),), c) for c, p in enumerate(potential.representatives_.values())])
@@ -174,13 +174,13 @@ class TestAgainstADenseProcess:
             slope = torch.autograd.functional.jacobian(lambda p, f=frame: self.energy(soap, p, f, points, species), x)
             blocks_f.append(-slope.flatten(1).T)
         covariances = potential._covariances(train.frames)
-        torch.testing.assert_close(covariances.energies, torch.cat(blocks_e[:3]), rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(covariances.forces, torch.cat(blocks_f[:3]), rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(covariances.energies, torch.cat(blocks_e[:2]), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(covariances.forces, torch.cat(blocks_f[:2]), rtol=1e-9, atol=1e-10)
 
         # Bayesian linear regression on the features L^-1 k, by the covariance of the labels: no representatives left
         half = [
             torch.linalg.solve_triangular(potential.prior_factor_, torch.cat(b).T, upper=False)
-            for b in (blocks_e[:3] + blocks_f[:3], blocks_e[3:] + blocks_f[3:])
+            for b in (blocks_e[:2] + blocks_f[:2], blocks_e[2:] + blocks_f[2:])
         ]
         y = torch.cat(
             [
@@ -188,7 +188,7 @@ class TestAgainstADenseProcess:
                 torch.from_numpy(np.concatenate(train.forces)).flatten(),
             ]
         )
-        noise = torch.cat([torch.full((3,), 9e-6), torch.full((81,), 0.05**2)]).double()
+        noise = torch.cat([torch.full((2,), 9e-6), torch.full((54,), 0.05**2)]).double()
         labels = half[0].T @ half[0] + torch.diag(noise)
         answer = half[1].T @ half[0] @ torch.linalg.solve(labels, y)
         predicted = potential.predict(asked.frames)

@@ -13,6 +13,7 @@ from sklearn.gaussian_process import kernels as reference
 
 from tlmc.errors import ConfigError, DataError, ModelError
 from tlmc.kernels import Gaussian, GaussianProcess, IterativeProcess, Matern52, NystromProcess, conjugate_gradients
+from tlmc.kernels.gpr import likely_start
 
 PAIRS = {
     "gaussian": (Gaussian, lambda length: reference.RBF(length)),
@@ -146,6 +147,23 @@ class TestExact:
             ModelError, match=r"40 points with Gaussian\(variance=1\.0, length=100\.0\).*raise the noise"
         ):
             GaussianProcess(Gaussian(1.0, 100.0), noise=1e-18, optimize=False).fit(x, y)
+
+
+class TestLikelyStart:
+    def test_its_likelihood_is_that_of_the_process(self):
+        x, y, _ = sample()
+        kernel, noise = likely_start(Matern52, x, y)
+        best = GaussianProcess(kernel, noise, optimize=False).fit(x, y).log_likelihood_
+        for other in (Matern52(kernel.variance * 1.2, kernel.length), Matern52(kernel.variance / 1.2, kernel.length)):
+            scaled = noise * other.variance / kernel.variance
+            assert GaussianProcess(other, scaled, optimize=False).fit(x, y).log_likelihood_ < best
+
+    def test_nothing_to_learn(self):
+        x, y, _ = sample()
+        with pytest.raises(DataError, match="40 points with a median distance of 0"):
+            likely_start(Gaussian, torch.zeros_like(x), y)
+        with pytest.raises(DataError, match="labels of norm 0"):
+            likely_start(Gaussian, x, torch.ones_like(y))
 
 
 class TestManyPoints:

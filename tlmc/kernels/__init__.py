@@ -5,16 +5,20 @@ Estimators keep their arguments, ``fit`` returns the estimator, and what is lear
 
 from __future__ import annotations
 
+from tlmc.kernels.descriptor_gpr import DescriptorGPR
+from tlmc.kernels.feature_maps import gaussian_series, quadratic_features, rings
 from tlmc.kernels.functions import Gaussian, Kernel, Matern52
 from tlmc.kernels.gap import GAP
 from tlmc.kernels.gdml import GDML
 from tlmc.kernels.gpr import GaussianProcess
 from tlmc.kernels.large import IterativeProcess, NystromProcess, conjugate_gradients
+from tlmc.kernels.learning_curve import fit_seconds, learning_curve, power_law
 from tlmc.kernels.permutations import complete_group, find_permutations
 
 __all__ = [
     "GAP",
     "GDML",
+    "DescriptorGPR",
     "Gaussian",
     "GaussianProcess",
     "IterativeProcess",
@@ -24,4 +28,10 @@ __all__ = [
     "complete_group",
     "conjugate_gradients",
     "find_permutations",
+    "fit_seconds",
+    "gaussian_series",
+    "learning_curve",
+    "power_law",
+    "quadratic_features",
+    "rings",
 ]

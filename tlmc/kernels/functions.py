@@ -56,13 +56,11 @@ class Kernel(ABC):
         Tensor
             Shape ``(n, m)``.
         """
-        return self.evaluate(a, b, self.theta)
+        return self.of_distances(distances(a, b), self.theta)
 
-    def evaluate(self, a: Tensor, b: Tensor, theta: Tensor) -> Tensor:
-        """Return the covariances for logarithms ``theta`` of the hyperparameters, differentiable in all three."""
+    def of_distances(self, distances: Tensor, theta: Tensor) -> Tensor:
+        """Return the covariances at some distances, for logarithms ``theta`` of the hyperparameters."""
         variance, length = theta.exp()
-        # differences, not |a|^2 + |b|^2 - 2 a.b, which loses half of the digits of a small distance
-        distances = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
         covariances: Tensor = variance * self.shape(distances / length)
         return covariances
 
@@ -91,3 +89,9 @@ class Matern52(Kernel):
         """Return the Matern function of smoothness 5/2."""
         s = math.sqrt(5.0) * distances
         return (1.0 + s + s.square() / 3.0) * torch.exp(-s)
+
+
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Return the Euclidean distances of all pairs of points, shape ``(n, m)``, with all digits of the small ones."""
+    # not by |a|^2 + |b|^2 - 2 a.b, which loses half of them
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")

@@ -10,6 +10,7 @@ The Cholesky factor of ``K + lambda 1`` costs ``M^3 / 3`` multiplications for M 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
@@ -19,7 +20,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from tlmc.errors import ConfigError, DataError, ModelError
-from tlmc.kernels.functions import Kernel
+from tlmc.kernels.functions import Kernel, distances
 
 SEARCH_RANGE = 1e5
 """Hyperparameters are searched between their start divided and multiplied by this."""
@@ -44,8 +45,8 @@ class GaussianProcess:
     ----------
     kernel_, noise_
         Kernel and noise variance after the fit.
-    x_
-        Training points, shape ``(n, n_features)``.
+    x_, distances_
+        Training points, shape ``(n, n_features)``, and their distances from each other, shape ``(n, n)``.
     weights_
         ``(K + lambda 1)^-1 (y - mean)``, shape ``(n,)``.
     factor_
@@ -86,12 +87,13 @@ class GaussianProcess:
         self.x_, y = check_points(x, y)
         self.mean_ = float(y.mean()) if self.centre else 0.0
         self.y_ = y - self.mean_
+        self.distances_ = distances(self.x_, self.x_)
         self.kernel_, self.noise_ = self.kernel, float(self.noise)
         if self.optimize:
             start = torch.cat([self.kernel.theta, torch.tensor([math.log(self.noise)], dtype=torch.float64)])
             theta = self._search(start)
             self.kernel_, self.noise_ = self.kernel.with_theta(theta[:-1]), float(theta[-1].exp())
-        covariance = self.kernel_(self.x_, self.x_)
+        covariance = self.kernel_.of_distances(self.distances_, self.kernel_.theta)
         covariance.diagonal().add_(self.noise_)
         factor, info = torch.linalg.cholesky_ex(covariance)
         if int(info):
@@ -157,7 +159,7 @@ class GaussianProcess:
             The value, minus infinity where the covariance is singular, and its derivatives with respect to ``theta``.
         """
         theta = theta.detach().clone().requires_grad_()
-        covariance = self.kernel.evaluate(self.x_, self.x_, theta[:-1])
+        covariance = self.kernel.of_distances(self.distances_, theta[:-1])
         covariance = covariance + theta[-1].exp() * torch.eye(len(self.x_), dtype=torch.float64)
         factor, info = torch.linalg.cholesky_ex(covariance.detach())
         if int(info):
@@ -176,6 +178,64 @@ class GaussianProcess:
         bounds = [(t - reach, t + reach) for t in start.tolist()]
         found = minimize(objective, start.numpy(), jac=True, method="L-BFGS-B", bounds=bounds)
         return torch.from_numpy(found.x)
+
+
+def likely_start(
+    kind: type[Kernel],
+    x: Tensor,
+    y: Tensor,
+    lengths: Sequence[float] = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0),
+    ratios: Sequence[float] = (1e-1, 1e-3, 1e-5, 1e-7, 1e-9),
+) -> tuple[Kernel, float]:
+    """Find where a search for hyperparameters should begin, among lengths and ratios of noise to variance.
+
+    The likelihood has plateaus, where all is noise or all points are strangers, and a search that begins on one stays
+    there. For a given length and ratio the best variance is known: with ``C = K / variance + ratio 1`` it is
+    ``y.C^-1 y / n``, so that a coarse grid of two numbers is enough.
+
+    Parameters
+    ----------
+    kind
+        Class of the covariance function.
+    x, y
+        Points ``(n, n_features)`` and labels ``(n,)``, whose mean is subtracted.
+    lengths
+        In units of the median distance of the points.
+    ratios
+        Of noise to variance.
+
+    Returns
+    -------
+    tuple
+        Kernel and noise variance of the highest likelihood.
+
+    Raises
+    ------
+    DataError
+        If all labels or most points are equal.
+    """
+    x, y = check_points(x, y)
+    y = y - y.mean()
+    distance = float(torch.pdist(x).median()) if len(x) > 1 else 0.0
+    apart = distances(x, x)
+    if distance == 0.0 or not bool(y.any()):
+        raise DataError(
+            f"{len(y)} points with a median distance of {distance:g} and labels of norm {float(y.norm()):g}"
+        )
+    best: tuple[float, float, float, float] | None = None
+    for length in lengths:
+        unit = kind.shape(apart / (length * distance))
+        for ratio in ratios:
+            factor, info = torch.linalg.cholesky_ex(unit + ratio * torch.eye(len(x), dtype=torch.float64))
+            if int(info):
+                continue
+            variance = float(y @ torch.cholesky_solve(y[:, None], factor)[:, 0]) / len(y)
+            likelihood = -0.5 * len(y) * math.log(variance) - float(factor.diagonal().log().sum())
+            if best is None or likelihood > best[0]:
+                best = likelihood, variance, length * distance, ratio
+    if best is None:
+        raise ModelError(f"the covariance of {len(y)} points is singular at every length and noise that were tried")
+    return kind(best[1], best[2]), best[1] * best[3]
 
 
 def check_points(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
