@@ -280,8 +280,8 @@ class TestCalibration:
         spreads = rng.uniform(0.1, 5.0, 1001)
         errors = 2 * spreads * rng.choice([-1, 1], 1001)
         bins = error_against_spread(errors, spreads, 7)
-        assert bins.count.sum() == 1001
-        assert np.ptp(bins.count) <= 1
+        assert bins.n_values.sum() == 1001
+        assert np.ptp(bins.n_values) <= 1
         np.testing.assert_allclose(bins.error, 2 * bins.spread)
 
     def test_refusals(self):

@@ -159,7 +159,7 @@ class SpreadBins(NamedTuple):
     """Root mean square of the spreads of each bin, shape ``(n_bins,)``."""
     error: FloatArray
     """Root mean square of the errors, same shape."""
-    count: NDArray[np.int64]
+    n_values: NDArray[np.int64]
     """Values per bin."""
 
 
