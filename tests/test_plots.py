@@ -110,6 +110,17 @@ CALLS = {
     ),
     "representation_map": lambda labels, predicted, ax: plots.representation_map(np.eye(2), ["H", "C"], ax),
     "spread_by_kind": lambda labels, predicted, ax: plots.spread_by_kind({"H": [0.1, 0.2], "C": [1.0]}, ax),
+    "heat_map": lambda labels, predicted, ax: plots.heat_map(np.eye(3) - 0.1, ax, labels="HHC", log=True),
+    "function_family": lambda labels, predicted, ax: plots.function_family(
+        [0, 1], {"a": [0, 1], "b": [1, 0]}, ax, xlabel="distance (Å)", ylabel="value", limit=0.5
+    ),
+    "density_map": lambda labels, predicted, ax: plots.density_map(np.eye(4), 2.0, ax, atoms=[[1.0, 0.0]]),
+    "invariance": lambda labels, predicted, ax: plots.invariance(
+        pd.DataFrame({"rotation": [1e-16, 0.0], "permutation": [np.nan, 0.3]}, index=["SOAP", "raw"]), ax
+    ),
+    "speed_ratios": lambda labels, predicted, ax: plots.speed_ratios(
+        pd.DataFrame({"descriptor": "SOAP", "quantity": ["values", "derivatives"], "atoms": 16, "ratio": [1, 9]}), ax
+    ),
 }
 
 
@@ -720,3 +731,17 @@ class TestNetworks:
     def test_nothing_to_draw_is_said(self, draw, sentence):
         with pytest.raises(DataError, match=sentence):
             draw()
+
+
+def test_a_heat_map_names_runs_of_equal_atoms_once_and_wants_a_name_for_each():
+    ax = plots.heat_map(np.eye(5), labels=["H", "H", "C", "H", "H"])
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["H", "C", "H"]
+    assert list(ax.get_xticks()) == [0.5, 2.0, 3.5]
+    with pytest.raises(DataError, match=r"2 labels need a square matrix of that size, got shape \(3, 3\)"):
+        plots.heat_map(np.eye(3), labels=["H", "H"])
+
+
+def test_invariance_draws_no_change_at_the_left_edge():
+    ax = plots.invariance(pd.DataFrame({"rotation": [0.0, 1e-3]}, index=["a", "b"]))
+    assert list(ax.lines[0].get_xdata()) == [1e-17, 1e-3]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["a", "b"]

@@ -16,7 +16,7 @@ from scipy import integrate, special
 
 from tlmc.descriptors.harmonics import harmonics_and_gradients, spherical_harmonics
 from tlmc.descriptors.radial import GaussianBasis, PolynomialBasis
-from tlmc.descriptors.soap import SOAP
+from tlmc.descriptors.soap import SOAP, expanded_density
 from tlmc.errors import ConfigError, DataError
 
 BASES = ("gto", "polynomial")
@@ -202,6 +202,20 @@ def test_zeta_one_n_one_loses_the_angles():
     difference = (descriptor(bent, [0]) - descriptor(straight, [0]))[0].abs()
     assert difference[isotropic].max() < 1e-12
     assert difference[~isotropic].max() > 1e-3
+
+
+def test_the_expansion_converges_to_the_density():
+    frame = Atoms("OH2", [[0, 0, 0], [0.8, 0.6, 0.0], [-0.7, 0.7, 0.3]])
+    points = torch.from_numpy(np.random.default_rng(0).uniform(-1.5, 1.5, (200, 3)))
+    hydrogen = torch.from_numpy(frame.positions[1:])
+    exact = torch.exp(-(points[:, None] - hydrogen).square().sum(-1) / (2 * 0.4**2)).sum(1)
+    errors = []
+    for size in (3, 6, 10):
+        descriptor = SOAP(["H", "O"], 4.0, size, size, sigma=0.4)
+        coefficients = [c[0, :size] for c in descriptor.coefficients(descriptor.environments(frame, [0]))]
+        errors.append(float((expanded_density(descriptor, coefficients, points) - exact).abs().max()))
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]
+    assert errors[2] < 0.05
 
 
 def test_kernel_is_positive_semidefinite():

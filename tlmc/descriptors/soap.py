@@ -284,6 +284,31 @@ class SOAP(LocalDescriptor):
         return SparseJacobian(structure, torch.arange(n_atoms), table[:, self._layout.product])
 
 
+def expanded_density(descriptor: SOAP, coefficients: list[Tensor], points: Tensor) -> Tensor:
+    """Return the density that expansion coefficients stand for (thesis eq. 2.11), to be looked at.
+
+    Parameters
+    ----------
+    descriptor
+        Whose basis is meant.
+    coefficients
+        Of one centre and one element, for each degree shape ``(n_max, 2 l + 1)``: a slice of what
+        :meth:`SOAP.coefficients` gives.
+    points
+        Relative to the centre, Angstrom, shape ``(n_points, 3)``, none at the centre.
+
+    Returns
+    -------
+    Tensor
+        Shape ``(n_points,)``; one atom alone has the density one at its place.
+    """
+    distances = torch.linalg.vector_norm(points, dim=1)
+    harmonics = spherical_harmonics((points / distances[:, None]).T, descriptor.l_max)
+    radial = torch.from_numpy(descriptor.radial.functions(distances.numpy()))
+    terms = [torch.einsum("nm,np,mp->p", c, g, y) for c, g, y in zip(coefficients, radial, harmonics, strict=True)]
+    return torch.stack(terms).sum(0)
+
+
 class _Layout(NamedTuple):
     """Where the features stand."""
 

@@ -17,6 +17,7 @@ from tlmc.plots.data import (
     outliers,
     split_coverage,
 )
+from tlmc.plots.descriptors import density_map, function_family, heat_map, invariance, speed_ratios
 from tlmc.plots.errors import error_against_force, error_by_element, parity, parity_grid, residual_histogram
 from tlmc.plots.learning import learning_curve, learning_curves, validation_curves
 from tlmc.plots.models import energy_volume, environment_vector
@@ -52,6 +53,7 @@ __all__ = [
     "committee_scan",
     "curve_fits",
     "density_landscape",
+    "density_map",
     "descent_losses",
     "descent_paths",
     "descriptor_map",
@@ -65,7 +67,10 @@ __all__ = [
     "fit_histories",
     "force_histogram",
     "force_outliers",
+    "function_family",
     "gradients_over_depth",
+    "heat_map",
+    "invariance",
     "learning_curve",
     "learning_curves",
     "neighbour_distances",
@@ -78,6 +83,7 @@ __all__ = [
     "residual_histogram",
     "save_figure",
     "sets_overview",
+    "speed_ratios",
     "split_coverage",
     "spread_and_error",
     "spread_by_kind",
