@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import SymLogNorm
+from matplotlib.colors import Normalize, SymLogNorm
 from numpy.typing import ArrayLike
 
 from tlmc.errors import DataError
@@ -49,13 +49,9 @@ def heat_map(
     ax = axes_or_new(ax, aspect=0.85)
     signed = values.min() < 0.0
     limit = float(np.abs(values).max()) or 1.0
-    colours_of = {"cmap": "RdBu_r" if signed else "viridis"}
-    if log:
-        image = ax.imshow(
-            values, norm=SymLogNorm(1e-2 * limit, vmin=-limit if signed else 0.0, vmax=limit), **colours_of
-        )
-    else:
-        image = ax.imshow(values, vmin=-limit if signed else None, vmax=limit if signed else None, **colours_of)
+    lowest = -limit if signed else float(values.min())
+    norm = SymLogNorm(1e-2 * limit, vmin=lowest, vmax=limit) if log else Normalize(lowest, limit)
+    image = ax.imshow(values, cmap="RdBu_r" if signed else "viridis", norm=norm)
     starts = [k for k in range(len(labels)) if k == 0 or labels[k] != labels[k - 1]]
     middles = [(a + b - 1) / 2 for a, b in zip(starts, [*starts[1:], len(labels)], strict=True)]
     for start in starts[1:]:
