@@ -58,6 +58,13 @@ _PACKING_PLAN: tuple[Perturbation, ...] = (
 # dynamics is the dearest part: here two snapshots share a run
 _SHORTER_DYNAMICS = MolecularDynamics(temperatures=(150.0, 600.0), strains=(0.0, 0.01), frames=2, interval=12)
 _SHORTER_PACKING_PLAN: tuple[Perturbation, ...] = (*_PACKING_PLAN[:-1], _SHORTER_DYNAMICS)
+# the ends of a long molecule move far when it turns, and are in each other's way when the cell shrinks
+_LONG_MOLECULE_PLAN: tuple[Perturbation, ...] = (
+    RigidMotion(count=3, shifts=(0.03, 0.06, 0.09), angles=(1.0, 1.5, 2.0), rattle=0.02, correlation=1.5),
+    *_PACKING_PLAN[1:3],
+    Strain(count=5, linear=(-0.02, 0.04), random=0.012, rattle=0.03, correlation=1.5),
+    _SHORTER_DYNAMICS,
+)
 _MOLECULE_PLAN: tuple[Perturbation, ...] = (
     Rattle(count=6, widths=(0.02, 0.04, 0.06), correlation=1.5),
     Rattle(count=3, widths=(0.01, 0.02, 0.03)),
@@ -91,14 +98,14 @@ RECIPES: dict[str, Recipe] = {
             31,
             "O=C(NC(=O)c1c(F)cccc1F)Nc1ccc(Cl)cc1",
             Packings(tries=10, keep=8, cells=_TWO_UNITS),
-            _SHORTER_PACKING_PLAN,
+            _LONG_MOLECULE_PLAN,
         ),
         # ROY, 5-methyl-2-[(2-nitrophenyl)amino]thiophene-3-carbonitrile
         _packed(
             32,
             "Cc1cc(C#N)c(Nc2ccccc2[N+](=O)[O-])s1",
             Packings(tries=10, keep=8, cells=_TWO_UNITS, conformers=3),
-            _SHORTER_PACKING_PLAN,
+            _LONG_MOLECULE_PLAN,
         ),
         # morpholinium chloride
         _packed(
