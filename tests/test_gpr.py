@@ -150,6 +150,18 @@ class TestExact:
 
 
 class TestLikelyStart:
+    def test_finds_a_smooth_function_where_a_search_from_afar_does_not(self):
+        rng = np.random.default_rng(0)
+        x = torch.from_numpy(rng.normal(size=(60, 4)))
+        y = (x**2) @ torch.from_numpy(rng.normal(size=4)) + 5.0
+        start, noise = likely_start(Gaussian, x, y)
+        found = GaussianProcess(start, noise).fit(x, y)
+        lost = GaussianProcess(Gaussian(float(y.var()), 0.01), noise=float(y.var())).fit(x, y)
+        assert found.log_likelihood_ > lost.log_likelihood_ + 20
+        more = torch.from_numpy(rng.normal(size=(40, 4)))
+        truth = (more**2) @ torch.linalg.lstsq(x**2, (y - 5.0)[:, None]).solution[:, 0] + 5.0
+        assert float((found.predict(more) - truth).std()) < 0.5 * float(truth.std())
+
     def test_its_likelihood_is_that_of_the_process(self):
         x, y, _ = sample()
         kernel, noise = likely_start(Matern52, x, y)

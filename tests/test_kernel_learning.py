@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import labelled
 import numpy as np
 import pytest
 import torch
+from ase.build import molecule
 
 from tlmc.datasets import load_dataset
 from tlmc.descriptors.coulomb import CoulombMatrix
 from tlmc.descriptors.ewald import EwaldMatrix
+from tlmc.descriptors.soap import SOAP
 from tlmc.errors import ConfigError, DataError
 from tlmc.evaluation.metrics import evaluate
 from tlmc.kernels import GDML, DescriptorGPR, Gaussian, GaussianProcess, NystromProcess
@@ -18,6 +23,62 @@ from tlmc.kernels.learning_curve import fit_seconds, learning_curve, power_law
 @pytest.fixture(scope="module")
 def ethanol():
     return load_dataset("ethanol").subset(np.arange(0, 1001, 10))
+
+
+def springs(n, seed):
+    """Return n distorted water molecules whose bonds are springs."""
+    rng = np.random.default_rng(seed)
+    frames, energies, forces = [], [], []
+    for _ in range(n):
+        frame = molecule("H2O")
+        frame.rattle(0.1, rng=rng)
+        vectors = frame.positions[[0, 0, 1]] - frame.positions[[1, 2, 2]]
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        pulls = 10.0 * (lengths - [[0.97], [0.97], [1.5]]) * vectors / lengths
+        frames.append(frame)
+        energies.append(5.0 * ((lengths - [[0.97], [0.97], [1.5]]) ** 2).sum())
+        forces.append(np.array([-pulls[0] - pulls[1], pulls[0] - pulls[2], pulls[1] + pulls[2]]))
+    return labelled.dataset(["OH2"] * n, energies, forces), frames
+
+
+@pytest.fixture(scope="module")
+def water():
+    dataset, frames = springs(80, seed=0)
+    return replace(dataset, frames=tuple(frames))
+
+
+def test_learns_springs_from_energies_alone(water):
+    soap = SOAP(["H", "O"], r_cut=3.0, n_max=3, l_max=2, sigma=0.5, average="outer", cutoff="cosine")
+    asked = water.subset(np.arange(60, 80))
+    process = DescriptorGPR(soap, Gaussian).fit(water.subset(np.arange(60)))
+    predicted = process.predict(asked.frames)
+    error = predicted.energies - asked.energies
+    assert error.std() < 0.05 * asked.energies.std()
+    # forces were never shown
+    assert np.std(np.array(predicted.forces) - np.array(asked.forces)) < 0.1 * np.std(asked.forces)
+    # three standard deviations, noise included
+    std = np.sqrt(process.energy_std(asked.frames) ** 2 + 9 * process.process_.noise_)
+    assert (np.abs(error) < 3 * std).mean() > 0.8
+
+
+@pytest.mark.parametrize(
+    "descriptor",
+    [CoulombMatrix(3), SOAP(["H", "O"], r_cut=3.0, n_max=2, l_max=2, average="inner", cutoff="cosine")],
+    ids=["coulomb", "soap"],
+)
+def test_forces_are_the_negative_gradient(water, descriptor):
+    process = DescriptorGPR(descriptor, Gaussian).fit(water.subset(np.arange(20)))
+    # hyperparameters of the highest likelihood leave few digits for differences of energies
+    rows = descriptor(water.frames[:20])
+    labels = torch.from_numpy(water.energies[:20] / 3)
+    process.process_ = GaussianProcess(Gaussian(1.0, 2.0), noise=1e-3, optimize=False).fit(rows, labels)
+    frame, step = water.frames[30], 1e-4
+    moved = [frame.copy(), frame.copy()]
+    for sign, copy in zip((1, -1), moved, strict=True):
+        copy.positions[1, 2] += sign * step
+    energies = process.predict(moved).energies
+    expected = -(energies[0] - energies[1]) / (2 * step)
+    assert process.predict([frame]).forces[0][1, 2] == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_crystal_with_its_molecule():
