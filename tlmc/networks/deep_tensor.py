@@ -13,7 +13,8 @@ it, each time by the same rule:
 with distances spread over Gaussians, :math:`\hat d_k = \exp(-(d - \mu_k)^2 / 2\sigma^2)`. The elementwise product is a
 tensor contraction in factored form: each of the factors couples one feature of the neighbour with one of the distance.
 A single pass sees pairs; in the second an atom is changed by neighbours that have been changed by *their* neighbours,
-so that angles, and in further passes larger bodies, come in, as far as ``T`` cutoffs. A small network at the end makes
+so that angles (by way of the distance between two neighbours), and in further passes larger bodies, come in, as far as
+``T`` cutoffs. A small network at the end makes
 the energy, :math:`\varepsilon_i = w^T \tanh(W c_i^{(T)} + b) + b'`.
 
 The original is for molecules and lets all pairs interact. Here the cosine cutoff :math:`f` ends the interaction
