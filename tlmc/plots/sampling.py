@@ -271,7 +271,9 @@ def active_learning(
     quantity: Literal["force_rmse_vector", "energy_rmse_per_atom"] = "force_rmse_vector",
     target: float | None = None,
 ) -> Axes:
-    """Draw the test error against the number of labels: mean over the seeds and a 95 % band for it.
+    """Draw the test error against the number of labels: every seed, their mean, and from three seeds on a 95 % band.
+
+    The band of two seeds would be 13 times as wide as they are apart, and hide everything else.
 
     Parameters
     ----------
@@ -300,13 +302,15 @@ def active_learning(
         intervals = factor * np.array([mean_interval(row) for row in errors.to_numpy(dtype=np.float64)])
         seeds = errors.shape[1]
         ax.plot(errors.index, intervals[:, 0], "o-", color=colour, markersize=2.5, label=f"{name} ({seeds} seeds)")
-        if seeds > 1:
+        ax.plot(errors.index, factor * errors.to_numpy(), color=colour, alpha=0.35, linewidth=0.6)
+        if seeds > 2:
             ax.fill_between(errors.index, intervals[:, 1], intervals[:, 2], color=colour, alpha=0.2, linewidth=0)
-        drawn.append(intervals[:, 0])
+        drawn.append(factor * errors.to_numpy(dtype=np.float64).ravel())
     if target is not None:
         ax.axhline(factor * target, **REFERENCE_LINE)
     values = np.concatenate(drawn)
     log_axis(ax, float(values.min()), float(values.max()))
+    ax.set_ylim(0.9 * float(values.min()), 1.1 * float(values.max()))
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     ax.set(xlabel="labelled structures", ylabel=words)
     ax.legend()
