@@ -162,12 +162,12 @@ def invariance(changes: pd.DataFrame, ax: Axes | None = None) -> Axes:
         height = place + offsets[k]
         drawn = np.maximum(values.to_numpy(dtype=np.float64), 1e-17)
         ax.plot(drawn, height, markers[k % len(markers)], markersize=4, color=PALETTE[k % 7], label=str(operation))
-    ax.axvline(np.finfo(np.float64).eps, **REFERENCE_LINE)
+    ax.axvline(np.finfo(np.float64).eps, **REFERENCE_LINE, label="precision")
     ax.set_xscale("log")
     ax.set_yticks(place, [str(name) for name in changes.index])
     ax.set_ylim(len(changes) - 0.5, -0.5)
     ax.set_xlim(left=5e-18)
-    ax.set(xlabel="relative change (dashed: machine precision)", ylabel="descriptor")
+    ax.set(xlabel="relative change", ylabel="descriptor")
     ax.legend(loc="lower left", bbox_to_anchor=(-0.45, 1.0), ncols=3, columnspacing=1.0, handletextpad=0.1)
     return finish(ax)
 
