@@ -76,6 +76,17 @@ CALLS = {
     "neighbour_distances": lambda labels, predicted, ax: plots.neighbour_distances(
         analysis.nearest_neighbours(labels), ax
     ),
+    "two_classes": lambda labels, predicted, ax: plots.two_classes([[0, 0], [1, 1]], [-1, 1], ax),
+    "uncertainty_band": lambda labels, predicted, ax: plots.uncertainty_band([0, 1], [1, 2], [0.1, 0.2], ax),
+    "error_against_size": lambda labels, predicted, ax: plots.error_against_size(
+        pd.DataFrame({"learner": "a", "n_train": [10, 20], "force_rmse_vector": [0.4, 0.1]}), ax
+    ),
+    "effort": lambda labels, predicted, ax: plots.effort(
+        pd.DataFrame({"estimator": "a", "n": [10, 20], "seconds": [0.1, 0.7]}), ax
+    ),
+    "calibration": lambda labels, predicted, ax: plots.calibration([0.1, -0.2], [0.2, 0.2], ax),
+    "covariance_matrix": lambda labels, predicted, ax: plots.covariance_matrix(np.eye(4), ax, blocks=[2]),
+    "atom_energies": lambda labels, predicted, ax: plots.atom_energies(np.ones((3, 2)), ["C", "H"], ax),
     "error_by_element": lambda labels, predicted, ax: plots.error_by_element(
         {"before": evaluate(labels, predicted)}, ax
     ),

@@ -19,6 +19,15 @@ from tlmc.plots.data import (
 )
 from tlmc.plots.descriptors import density_map, function_family, heat_map, invariance, speed_ratios
 from tlmc.plots.errors import error_against_force, error_by_element, parity, parity_grid, residual_histogram
+from tlmc.plots.kernels import (
+    atom_energies,
+    calibration,
+    covariance_matrix,
+    effort,
+    error_against_size,
+    two_classes,
+    uncertainty_band,
+)
 from tlmc.plots.learning import learning_curve, learning_curves, validation_curves
 from tlmc.plots.models import energy_volume, environment_vector
 from tlmc.plots.networks import (
@@ -50,7 +59,10 @@ __all__ = [
     "STYLE",
     "activations",
     "active_learning",
+    "atom_energies",
+    "calibration",
     "committee_scan",
+    "covariance_matrix",
     "curve_fits",
     "density_landscape",
     "density_map",
@@ -58,10 +70,12 @@ __all__ = [
     "descent_paths",
     "descriptor_map",
     "drawn_energies",
+    "effort",
     "energy_histogram",
     "energy_volume",
     "environment_vector",
     "error_against_force",
+    "error_against_size",
     "error_by_element",
     "error_over_size",
     "fit_histories",
@@ -89,5 +103,7 @@ __all__ = [
     "spread_by_kind",
     "styled",
     "subplots",
+    "two_classes",
+    "uncertainty_band",
     "validation_curves",
 ]
