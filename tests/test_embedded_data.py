@@ -79,7 +79,7 @@ class TestTheFiveThatMirrorTheThesis:
 
     def test_energies_and_forces_are_spread_as_in_the_thesis(self, like: Dataset) -> None:
         crystals = like.crystals()
-        assert 0.05 < np.ptp(crystals.energies / crystals.n_atoms) < 0.2
+        assert 0.05 < np.ptp(crystals.energies / crystals.n_atoms) < 0.22
         lengths = np.linalg.norm(np.concatenate(crystals.forces), axis=1)
         assert (lengths < 2).mean() > 0.8
         assert 4 < lengths.max() < 20
