@@ -6,7 +6,7 @@ import pytest
 from tlmc.datasets import load_dataset
 from tlmc.errors import ConfigError
 from tlmc.evaluation import read_records
-from tlmc.experiments import run_recipes
+from tlmc.experiments import convergence, run_recipes
 
 
 @pytest.fixture
@@ -37,3 +37,15 @@ def test_wrong_settings_are_refused_before_anything_runs(few, ani2xt, tmp_path):
     with pytest.raises(ConfigError, match="there is no recipe 'long'"):
         run_recipes(ani2xt, few, ["short", "long"], 1, epochs=1)
     assert not list(tmp_path.rglob("run.json"))
+
+
+def test_convergence_counts_processor_time(few, ani2xt):
+    settings = {"plain": {}, "ridge": {"warm_start": "ridge", "batch_size": 4}}
+    table = convergence(ani2xt, few, {k: v | {"epochs": 2} for k, v in settings.items()}, 2)
+    assert table.groupby(["setting", "seed"])["epoch"].apply(list).tolist() == [[1, 2]] * 4
+    for _, run in table.groupby(["setting", "seed"]):
+        assert 0 < run["cpu_seconds"].iloc[0] < run["cpu_seconds"].iloc[1] < 300
+    first = table[table["epoch"] == 1].groupby("setting")["validation_force_rmse_vector"].mean()
+    assert first["ridge"] < first["plain"]
+    with pytest.raises(ConfigError, match="lr"):
+        convergence(ani2xt, few, {"wrong": {"lr": -1.0}}, 1)

@@ -366,7 +366,9 @@ class TestDescriptorMap:
     mapped = analysis.DescriptorMap(np.arange(12.0).reshape(6, 2), np.array([0.7, 0.2]), np.zeros(6))
 
     def test_names_groups_and_parts(self):
-        split = Split(train=np.array([0, 1, 2]), validation=np.array([3]), test=np.array([4, 5]), method="random", seed=0)
+        split = Split(
+            train=np.array([0, 1, 2]), validation=np.array([3]), test=np.array([4, 5]), method="random", seed=0
+        )
         ax = plots.descriptor_map(self.mapped, groups=list("abbaab"), split=split)
         assert legend(ax) == ["a", "b", "train", "validation", "test"]
         assert ax.get_xlabel() == "component 1 (70 % of the variance)"
@@ -500,6 +502,28 @@ class TestValidationCurves:
             plots.validation_curves({"short": [history()[["epoch", "lr"]]]})
         with pytest.raises(DataError, match="at least one run, got none"):
             plots.validation_curves({})
+
+
+class TestErrorAgainstTime:
+    def table(self):
+        rows = [
+            {"setting": name, "seed": seed, "epoch": epoch, "cpu_seconds": 2.0 * epoch + seed,
+             "validation_force_rmse_vector": 0.3 / epoch, "validation_energy_rmse_per_atom": 0.01 / epoch}
+            for name in ("plain", "ridge") for seed in (0, 1) for epoch in (1, 2, 3)
+        ]  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def test_a_line_per_seed_that_ends_in_a_point(self):
+        ax = plots.error_against_time(self.table(), quantity="energy_rmse_per_atom")
+        assert legend(ax) == ["plain", "ridge"]
+        assert [len(line.get_xdata()) for line in ax.lines] == [3, 1] * 4
+        np.testing.assert_allclose(ax.lines[2].get_xdata(), [3.0, 5.0, 7.0])
+        np.testing.assert_allclose(ax.lines[3].get_ydata(), [10.0 / 3])
+        assert (ax.get_xscale(), ax.get_ylabel()) == ("log", "validation energy RMSE (meV/atom)")
+
+    def test_missing_columns(self):
+        with pytest.raises(DataError, match="error against time needs columns"):
+            plots.error_against_time(self.table().drop(columns="cpu_seconds"))
 
 
 class TestErrorAgainstForce:

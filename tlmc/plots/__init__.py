@@ -18,7 +18,7 @@ from tlmc.plots.data import (
     split_coverage,
 )
 from tlmc.plots.errors import error_against_force, error_by_element, parity, parity_grid, residual_histogram
-from tlmc.plots.learning import learning_curve, learning_curves, validation_curves
+from tlmc.plots.learning import error_against_time, learning_curve, learning_curves, validation_curves
 from tlmc.plots.models import energy_volume, environment_vector
 from tlmc.plots.style import COLUMN, ELEMENT_COLOURS, PALETTE, STYLE, save_figure, styled, subplots
 
@@ -33,6 +33,7 @@ __all__ = [
     "energy_volume",
     "environment_vector",
     "error_against_force",
+    "error_against_time",
     "error_by_element",
     "force_histogram",
     "force_outliers",
