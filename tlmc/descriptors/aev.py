@@ -362,10 +362,14 @@ def _triples(
     gaussian = torch.exp(-parameters.eta_angular * offset**2)
     gaussian_slope = -parameters.eta_angular * offset * gaussian * f_j * f_k  # the half of (d_j + d_k)/2 is in it
 
-    angle = torch.acos(0.95 * cosine)[:, None] - d_near.new_tensor(parameters.sections)
-    base = 0.5 + 0.5 * torch.cos(angle)
+    # theta = acos(0.95 cosine) by its cosine and sine, so that cos(theta - t) needs no trigonometry per triple
+    cos_theta = (0.95 * cosine)[:, None]
+    sin_theta = torch.sqrt(1.0 - cos_theta**2)
+    sections = d_near.new_tensor(parameters.sections)
+    base = 0.5 + 0.5 * (cos_theta * torch.cos(sections) + sin_theta * torch.sin(sections)).clamp_(min=-1.0)
     power = base ** (parameters.zeta - 1.0)
-    bend = -0.95 / torch.sqrt(1.0 - (0.95 * cosine) ** 2)
+    sin_angle = sin_theta * torch.cos(sections) - cos_theta * torch.sin(sections)
+    bend = -0.95 / sin_theta
     return _Triples(
         first=near[first],
         second=near[second],
@@ -375,5 +379,5 @@ def _triples(
         radial_first=gaussian_slope + gaussian * cutoff_slope[first, None] * f_k,
         radial_second=gaussian_slope + gaussian * f_j * cutoff_slope[second, None],
         angular=2.0 * power * base,
-        angular_slope=-parameters.zeta * power * torch.sin(angle) * bend[:, None],
+        angular_slope=-parameters.zeta * power * sin_angle * bend,
     )

@@ -251,7 +251,7 @@ class Engine:
         loss: Callable[[Tensor, Tensor, Tensor, Tensor], LossAndSlopes],
         update: Update | None = None,
     ) -> LossAndSlopes:
-        """Fill :attr:`gradient` with the gradient of the loss of a batch, and take a step with it if asked to.
+        """Fill :attr:`gradient` with the gradient of the loss of a batch, or take a step with it.
 
         Parameters
         ----------
@@ -265,7 +265,8 @@ class Engine:
             ``loss(energy_error, force_error, n_atoms, structure)``, see :func:`tlmc.training.loss.batch_loss`. An
             exception that it raises leaves the weights as they are.
         update
-            A step of AdamW on :attr:`flat`, whose `slope` is :attr:`gradient`.
+            A step of AdamW on :attr:`flat`, whose `slope` is :attr:`gradient`. The gradient need not be there
+            afterwards: the compiled sweeps use every part of it up while it is in the cache.
         """
         predicted = self.energies_forces(batch)
         force_error = predicted.forces.sub_(forces)

@@ -207,45 +207,53 @@ void forward(const Net *nets, long n_nets, long members, long hidden, long K, lo
     }
 }
 
-/* AdamW of one array; `rate`, `decay` = 1 - rate * weight_decay, and the corrections 1 - beta^step of both moments. */
+/* AdamW: where weights and moments begin, and its constants; `decay` = 1 - rate * weight_decay, and the corrections are
+1 - beta^step of both moments. */
 typedef struct {
-    const real *start, *exp_avg, *exp_avg_sq, *slope; /* where weights, moments and gradient begin */
+    real *weight, *exp_avg, *exp_avg_sq;
     double rate, decay, beta1, beta2, correction1, correction2, eps;
 } Update;
 
-static void adamw_range(const Update *u, real *weight, long count) {
-    const long offset = weight - u->start;
-    real *restrict p = weight, *restrict m = (real *)u->exp_avg + offset, *restrict v = (real *)u->exp_avg_sq + offset;
-    const real *restrict g = u->slope + offset;
+/* One step of `count` weights; a null gradient is one of zeros. */
+static void adamw_range(const Update *u, real *weight, const real *restrict g, long count) {
+    real *restrict p = weight, *restrict m = u->exp_avg + (weight - u->weight);
+    real *restrict v = u->exp_avg_sq + (weight - u->weight);
     const real decay = u->decay, b1 = u->beta1, b2 = u->beta2, rate = u->rate / u->correction1;
     const real rest1 = 1 - u->beta1, rest2 = 1 - u->beta2; /* rounded once, from double */
     const real root = 1 / sqrt(u->correction2), eps = u->eps;
+    for (long first = 0; first < count; first += BLOCK) {
+        const long last = first + BLOCK < count ? first + BLOCK : count;
+        real slopes[BLOCK] = {0};
+        if (g) memcpy(slopes, g + first, (last - first) * sizeof(real));
 #pragma omp simd
-    for (long j = 0; j < count; j++) {
-        m[j] = b1 * m[j] + rest1 * g[j];
-        v[j] = b2 * v[j] + rest2 * g[j] * g[j];
-        p[j] = decay * p[j] - rate * m[j] / (SQRT(v[j]) * root + eps);
+        for (long j = first; j < last; j++) {
+            const real slope = slopes[j - first];
+            m[j] = b1 * m[j] + rest1 * slope;
+            v[j] = b2 * v[j] + rest2 * slope * slope;
+            p[j] = decay * p[j] - rate * m[j] / (SQRT(v[j]) * root + eps);
+        }
     }
 }
 
-void adamw(const Update *update, real *weight, long count, int threads) {
+/* A step of weights whose gradient is zero. */
+void adamw_without_gradient(const Update *update, real *weight, long count, int threads) {
     const long part = 16384;
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long j = 0; j < count; j += part) adamw_range(update, weight + j, count - j < part ? count - j : part);
+    for (long j = 0; j < count; j += part) adamw_range(update, weight + j, 0, count - j < part ? count - j : part);
 }
 
 /* Steps 3 and 4: tangent up, reverse sweep down to the lowest layer that trains; c is dL/dE per merged atom. With an
-update, every array of weights takes its AdamW step as soon as it has served, while its gradient is still in the cache
-and the other threads keep the arithmetic units busy. */
+update, every array of weights takes its AdamW step as soon as it has served; its gradient, in `scratch`, never leaves
+the cache, and the other threads keep the arithmetic units busy meanwhile. */
 void reverse(const Net *nets, long n_nets, long members, long hidden, long K, const real *X, const real *c, real alpha,
-             real factor, real *scratch, long scratch_size, const Update *update, int threads) {
+             real factor, real *scratch, long scratch_size, long upper_size, const Update *update, int threads) {
     const real inverse = 1 / alpha;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (long task = 0; task < n_nets * members; task++) {
         const Net *net = nets + task / members;
         const long m = task % members, n = net->n_atoms;
         const real *input = X + (2 * net->first + n) * K, *slopes_e = c + net->first;
-        real *upper = scratch + omp_get_thread_num() * scratch_size;
+        real *upper = scratch + omp_get_thread_num() * scratch_size, *own_slope = upper + upper_size;
         long n_in = K, lowest = 0;
         while (!net->weight_slope[lowest]) lowest++;
         for (long l = 0; l < hidden; l++) {
@@ -269,8 +277,8 @@ void reverse(const Net *nets, long n_nets, long members, long hidden, long K, co
             }
             net->bias_slope[hidden][m] = factor * sum;
             if (update) {
-                adamw_range(update, net->weight[hidden] + m * n_in, n_in);
-                adamw_range(update, net->bias[hidden] + m, 1);
+                adamw_range(update, net->weight[hidden] + m * n_in, out, n_in);
+                adamw_range(update, net->bias[hidden] + m, net->bias_slope[hidden] + m, 1);
             }
         }
         for (long l = hidden - 1; l >= lowest; l--) {
@@ -292,7 +300,8 @@ void reverse(const Net *nets, long n_nets, long members, long hidden, long K, co
                 /* a^T y + h^T d and G^T y + v^T d, each as one product: the largest arrays are written once */
                 const real *both = l ? net->A[l - 1] + m * 2 * n * below : X + 2 * net->first * K;
                 real *bias = net->bias_slope[l] + m * w;
-                gemm('T', 'N', below, w, 2 * n, both, below, y, w, net->weight_slope[l] + m * below * w, w);
+                real *out = update ? own_slope : net->weight_slope[l] + m * below * w;
+                gemm('T', 'N', below, w, 2 * n, both, below, y, w, out, w);
                 memset(bias, 0, w * sizeof(real));
                 for (long i = 0; i < n; i++)
 #pragma omp simd
@@ -300,8 +309,8 @@ void reverse(const Net *nets, long n_nets, long members, long hidden, long K, co
             }
             if (l > lowest) gemm('N', 'T', n, below, w, y, w, net->weight[l] + m * below * w, w, upper, below);
             if (update && net->weight_slope[l]) {
-                adamw_range(update, net->weight[l] + m * below * w, below * w);
-                adamw_range(update, net->bias[l] + m * w, w);
+                adamw_range(update, net->weight[l] + m * below * w, own_slope, below * w);
+                adamw_range(update, net->bias[l] + m * w, net->bias_slope[l] + m * w, w);
             }
         }
     }

@@ -66,7 +66,7 @@ class AdamW(ctypes.Structure):
     """``Update`` of kernels.c."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("weight", "exp_avg", "exp_avg_sq", "slope")),
+        *((name, c_void_p) for name in ("weight", "exp_avg", "exp_avg_sq")),
         *((name, c_double) for name in ("rate", "decay", "beta1", "beta2", "correction1", "correction2", "eps")),
     ]
 
@@ -81,8 +81,8 @@ class Kernels:
         nets, structures = [POINTER(Net)] + [c_long] * 4, [POINTER(Sparse), c_long, c_long, pointer]
         for name, arguments in {
             "forward": [*nets, c_long, pointer, real, real, pointer, pointer, pointer, c_int],
-            "reverse": [*nets, pointer, pointer, real, real, pointer, c_long, POINTER(AdamW), c_int],
-            "adamw": [POINTER(AdamW), pointer, c_long, c_int],
+            "reverse": [*nets, pointer, pointer, real, real, pointer, c_long, c_long, POINTER(AdamW), c_int],
+            "adamw_without_gradient": [POINTER(AdamW), pointer, c_long, c_int],
             "jacobian_transposed": [*structures, pointer, pointer, c_int],
             "jacobian": [*structures, pointer, pointer, c_int],
         }.items():
@@ -122,6 +122,7 @@ class CompiledSweeps:
         self._members, self._hidden = len(first[0].weight), len(first) - 1
         # heaviest first, so that no thread is left with a long task at the end
         self._per_atom = {k: sum(part.weight[0].numel() for part in parts) for k, parts in layers.items()}
+        self._largest = max(part.weight[0].numel() for parts in layers.values() for part in parts)
         self._workspace = first[0].weight.new_empty(0)
         self._kept: Any = None
 
@@ -153,21 +154,22 @@ class CompiledSweeps:
                          torch.get_num_threads())  # fmt: skip
 
     def reverse(self, batch: Batch, c: Tensor, update: Update | None) -> None:
-        """Fill the slots from `c` per merged atom and update the weights; `forward` and `along` came before."""
+        """Fill the slots from `c` per merged atom, or update the weights; `forward` and `along` came before."""
         threads, nets = torch.get_num_threads(), self._kept
         adamw = None if update is None else _adamw(update)
         widest = max(max(net.width[: self._hidden]) for net in nets)
-        scratch = c.new_empty(threads, max(net.n_atoms for net in nets) * widest)
+        upper = max(net.n_atoms for net in nets) * widest
+        scratch = c.new_empty(threads, upper + self._largest)
         self._c.reverse(
             nets, len(nets), self._members, self._hidden, batch.X.shape[1], batch.X.data_ptr(), c.data_ptr(),
-            CELU_ALPHA, self._factor, scratch.data_ptr(), scratch.shape[1], adamw, threads,
+            CELU_ALPHA, self._factor, scratch.data_ptr(), scratch.shape[1], upper, adamw, threads,
         )  # fmt: skip
         if adamw is not None:
             # elements that the batch lacks: their gradient is zero, their moments and decay are not
             for k in self._templates.keys() - {k for k, _ in batch.slices}:
                 for layer, on in zip(self._layers[k], self._trainable, strict=True):
                     for part in layer if on else ():
-                        self._c.adamw(adamw, part.data_ptr(), part.numel(), threads)
+                        self._c.adamw_without_gradient(adamw, part.data_ptr(), part.numel(), threads)
 
     def _nets(self, batch: Batch) -> Any:
         """Return the elements of a batch, heaviest first, with room for what their sweeps keep."""
@@ -201,7 +203,7 @@ class CompiledSweeps:
 
 
 def _adamw(update: Update) -> AdamW:
-    tensors = (update.weight, update.exp_avg, update.exp_avg_sq, update.slope)
+    tensors = (update.weight, update.exp_avg, update.exp_avg_sq)
     return AdamW(
         *(tensor.data_ptr() for tensor in tensors),
         update.rate,
