@@ -22,6 +22,7 @@ from tlmc.potentials.model import Potential
 from tlmc.splits import Split, SplitMethod, split_dataset
 from tlmc.training.cache import build_cache
 from tlmc.training.finetune import FinetuneConfig, FinetuneResult, finetune, recipe, run_name
+from tlmc.training.kernels import kernels
 
 _LOG = logging.getLogger(__name__)
 
@@ -150,9 +151,9 @@ def convergence(
 ) -> pd.DataFrame:
     """Train with several settings and tell how the validation error falls with the processor time spent.
 
-    Descriptors are computed beforehand; a warm start counts. Runs of one seed share split and start. Processor time
-    is measured over a whole run, which makes it comparable on a shared machine, and handed to its epochs in proportion
-    to their wall time.
+    Descriptors are computed, and kernels compiled, beforehand; a warm start counts. Runs of one seed share split and
+    start. Processor time is measured over a whole run, which makes it comparable on a shared machine, and handed to its
+    epochs in proportion to their wall time.
 
     Parameters
     ----------
@@ -183,7 +184,9 @@ def convergence(
     for name, runs in configs.items():
         for config in runs:
             _LOG.info("%s on %s, seed %d", name, dataset.name, config.seed)
-            build_cache(model, dataset.frames, getattr(torch, config.precision))
+            dtype = getattr(torch, config.precision)
+            build_cache(model, dataset.frames, dtype)
+            kernels(dtype)
             parts = split_dataset(dataset, method=split, seed=config.seed)
             wall, cpu = time.perf_counter(), time.process_time()
             history = finetune(model, dataset, parts, config, progress=progress).history

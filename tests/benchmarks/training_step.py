@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -213,6 +215,7 @@ torch.set_num_threads(int(sys.argv[3]))
 model, data = load_start_model(sys.argv[1]), load_dataset(sys.argv[2]).crystals()
 result = finetune(model, data, split_dataset(data, seed=0), recipe(**json.loads(sys.argv[4])), progress=False,
                   threads=int(sys.argv[3]))
+from tlmc.evaluation import evaluate
 from tlmc.potentials import predict
 test = data.subset(split_dataset(data, seed=0).test)
 seconds = time.perf_counter() - began
@@ -227,8 +230,8 @@ def measure_target(model: Potential, epoch: dict[str, Any], threads: int) -> dic
     """Time to the test force error of the thesis protocol (100 epochs, urea), from fresh processes.
 
     The thesis protocol is run with the engine, which takes the same steps to rounding, and its epochs are multiplied by
-    the measured ratio of an epoch: a run of the loop itself takes a quarter of an hour. Then ever longer trainings with
-    the short recipe start from nothing until one reaches that error, and that one is repeated with its cache warm.
+    the measured ratio of an epoch: the loop itself takes a quarter of an hour. Then ever longer trainings after
+    a ridge fit start from nothing until one reaches that error, and that one is repeated with its cache warm.
     """
 
     def train(folder: str, **settings: Any) -> dict[str, Any]:
@@ -238,7 +241,7 @@ def measure_target(model: Potential, epoch: dict[str, Any], threads: int) -> dic
         answer: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
         return answer
 
-    with tempfile.TemporaryDirectory() as folder:
+    with _empty_cache() as folder:
         thesis = train(folder, name="thesis")
     loop_seconds = thesis["epochs_seconds"] * epoch["ratio"]
     row: dict[str, Any] = {
@@ -251,9 +254,9 @@ def measure_target(model: Potential, epoch: dict[str, Any], threads: int) -> dic
         "peak_memory_bytes": thesis["peak_bytes"],
         "reached": False,
     }
-    for epochs in (15, 25, 40, 60):
-        settings = {"name": "short", "epochs": epochs, "batch_size": 2}
-        with tempfile.TemporaryDirectory() as folder:
+    for epochs in (12, 20, 30, 45, 60):
+        settings = {"name": "short", "epochs": epochs, "warm_start": "ridge", "lr": 1e-4, "warmup_epochs": 2}
+        with _empty_cache() as folder:
             cold = train(folder, **settings)
             if cold["error"] > thesis["error"]:
                 continue
@@ -270,6 +273,16 @@ def measure_target(model: Potential, epoch: dict[str, Any], threads: int) -> dic
         break
     LOG.info("time to target: %s", row)
     return row
+
+
+@contextmanager
+def _empty_cache() -> Iterator[str]:
+    """Yield a cache folder that holds start models, which are downloads, and nothing else."""
+    with tempfile.TemporaryDirectory() as folder:
+        models = paths.cache_dir() / "start-models"
+        if models.is_dir():
+            shutil.copytree(models, Path(folder) / models.name)
+        yield folder
 
 
 def measure_growth(model: Potential, threads: int) -> list[dict[str, Any]]:
