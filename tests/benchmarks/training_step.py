@@ -230,8 +230,8 @@ def measure_target(model: Potential, epoch: dict[str, Any], threads: int) -> dic
     """Time to the test force error of the thesis protocol (100 epochs, urea), from fresh processes.
 
     The thesis protocol is run with the engine, which takes the same steps to rounding, and its epochs are multiplied by
-    the measured ratio of an epoch: the loop itself takes a quarter of an hour. Then ever longer trainings after
-    a ridge fit start from nothing until one reaches that error, and that one is repeated with its cache warm.
+    the measured ratio of an epoch: the loop itself takes a quarter of an hour. Then ever longer trainings
+    start from nothing until one reaches that error, and that one is repeated with its cache warm.
     """
 
     def train(folder: str, **settings: Any) -> dict[str, Any]:
@@ -254,8 +254,13 @@ def measure_target(model: Potential, epoch: dict[str, Any], threads: int) -> dic
         "peak_memory_bytes": thesis["peak_bytes"],
         "reached": False,
     }
-    for epochs in (12, 20, 30, 45, 60):
-        settings = {"name": "short", "epochs": epochs, "warm_start": "ridge", "lr": 1e-4, "warmup_epochs": 2}
+    candidates: list[dict[str, Any]] = [
+        {"name": "short", "epochs": 20, "warm_start": "ridge", "lambda_": 0.9, "lr": 1e-4, "warmup_epochs": 2},
+        {"name": "short", "epochs": 30},
+        {"name": "short", "epochs": 60},
+        {"name": "short", "epochs": 60, "lambda_": 0.9, "lr": 1e-4},
+    ]
+    for settings in candidates:
         with _empty_cache() as folder:
             cold = train(folder, **settings)
             if cold["error"] > thesis["error"]:
