@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from tlmc.errors import DataError
 from tlmc.plots.style import (
@@ -197,6 +197,9 @@ def error_against_time(
             # the end of a run is its result: a schedule that ends at rate zero has nothing more to come
             ax.plot(run["cpu_seconds"].iloc[-1:], values.iloc[-1:], "o", color=colour, markersize=3.5, label=label)
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
     values = factor * table[column].to_numpy(dtype=np.float64)
     values = values[np.isfinite(values) & (values > 0)]
     if values.size:

@@ -163,12 +163,13 @@ class TorchSweeps:
                 summed = torch.einsum("mni,n->mi", activations[-1], c[atoms]) + h.sum(1)
                 slots[-1].weight.copy_(summed[:, :, None] * self._factor)
                 slots[-1].bias.fill_(c[atoms].sum() * self._factor)
+            upper = h  # replaced before it is used: the top layer has nothing above it
             for number in range(len(hidden) - 1, self._trainable.index(True) - 1, -1):
                 # p t q = d t / alpha where z < 0, which is where a < 0, and zero elsewhere
                 bend = torch.where(activations[number] < 0, d[number] * tangents[number] / CELU_ALPHA, 0.0)
                 top = number == len(hidden) - 1
-                y = bend + (d[number] * c[atoms, None] if top else slopes[number] * upper)  # noqa: F821
-                upper = torch.bmm(y, hidden[number].weight.transpose(1, 2)) if number > 0 else y  # noqa: F841
+                y = bend + (d[number] * c[atoms, None] if top else slopes[number] * upper)
+                upper = torch.bmm(y, hidden[number].weight.transpose(1, 2)) if number > 0 else y
                 if self._trainable[number]:
                     both = torch.cat([activations[number - 1], lifted[number - 1]], 1) if number > 0 else X
                     torch.sum(y, 1, keepdim=True, out=slots[number].bias)

@@ -19,8 +19,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from tlmc.descriptors.aev import BLOCK
 from tlmc.potentials.network import CELU_ALPHA
-from tlmc.training.cache import BLOCK, DescriptorCache, Structure
+from tlmc.training.cache import DescriptorCache, Structure
 from tlmc.training.engine import Engine, merge
 
 
