@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import logging
+import lzma
 import pickle
 import shutil
 import socket
@@ -346,11 +347,13 @@ class Bomb:
         return Path.touch, (Path("exploded"),)  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("name", ["a.pckl", "a.pkl", "a.traj", "a.npy"])
+@pytest.mark.parametrize("name", ["a.pckl", "a.pkl", "a.traj", "a.npy", "a.xyz.xz"])
 def test_pickles_are_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     if name == "a.npy":
         np.save(tmp_path / name, np.array([Bomb()], dtype=object))
+    elif name.endswith(".xz"):
+        (tmp_path / name).write_bytes(lzma.compress(pickle.dumps(Bomb())))
     else:
         (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(DataError, match=rf"{name}: may hold Python objects \(pickle\), which run code when read"):

@@ -17,7 +17,7 @@ import torch
 from ase.build import molecule
 from matplotlib.axes import Axes
 
-from tlmc import analysis, plots
+from tlmc import analysis, networks, plots, sampling
 from tlmc.datasets import load_dataset
 from tlmc.descriptors.aev import AEVParameters, aev, neighbours
 from tlmc.errors import ConfigError, DataError
@@ -78,6 +78,48 @@ CALLS = {
     ),
     "error_by_element": lambda labels, predicted, ax: plots.error_by_element(
         {"before": evaluate(labels, predicted)}, ax
+    ),
+    "drawn_energies": lambda labels, predicted, ax: plots.drawn_energies({"thesis": [0.1, 0.2, 0.4]}, ax),
+    "committee_scan": lambda labels, predicted, ax: plots.committee_scan([1.0, 1.5], [[0, 1], [0, 2]], [1.1], ax),
+    "reliability_diagram": lambda labels, predicted, ax: plots.reliability_diagram(
+        {"as it is": sampling.reliability(labels.energies, np.ones(len(labels)))}, ax
+    ),
+    "spread_and_error": lambda labels, predicted, ax: plots.spread_and_error(
+        {"as it is": sampling.error_against_spread(labels.energies, np.arange(1, len(labels) + 1))}, ax
+    ),
+    "active_learning": lambda labels, predicted, ax: plots.active_learning(
+        pd.DataFrame({"name": "a", "seed": 0, "n_labels": [2, 4], "force_rmse_vector": [1.0, 0.5]}), ax
+    ),
+    "activations": lambda labels, predicted, ax: plots.activations(ax, slope=True),
+    "descent_paths": lambda labels, predicted, ax: plots.descent_paths(
+        lambda x, y: x**2 + 3 * y**2 + 0.1, {"gd": np.array([[1.0, 1.0], [0.5, 0.2], [0.1, 0.0]])}, ax
+    ),
+    "descent_losses": lambda labels, predicted, ax: plots.descent_losses({"gd": [1.0, 0.3, 0.01]}, ax),
+    "gradients_over_depth": lambda labels, predicted, ax: plots.gradients_over_depth(
+        {"tanh": networks.gradient_norms(4, 5, n_networks=1)}, ax
+    ),
+    "curve_fits": lambda labels, predicted, ax: plots.curve_fits(
+        ([0, 90], [0.1, 0.2]), [0, 45, 90], {"small": [0.1, 0.2, 0.2]}, ax, truth=[0.1, 0.1, 0.2]
+    ),
+    "fit_histories": lambda labels, predicted, ax: plots.fit_histories(
+        {"large": pd.DataFrame({"step": [0, 10, 20], "train_rmse": [1, 0.1, 0.01], "validation_rmse": [1, 0.2, 0.3]})},
+        ax,
+    ),
+    "error_over_size": lambda labels, predicted, ax: plots.error_over_size(
+        pd.DataFrame({"learner": ["a", "a", "b"], "n_train": [10, 40, 40], "force_rmse_vector": [0.3, 0.1, 0.2]}), ax
+    ),
+    "representation_map": lambda labels, predicted, ax: plots.representation_map(np.eye(2), ["H", "C"], ax),
+    "spread_by_kind": lambda labels, predicted, ax: plots.spread_by_kind({"H": [0.1, 0.2], "C": [1.0]}, ax),
+    "heat_map": lambda labels, predicted, ax: plots.heat_map(np.eye(3) - 0.1, ax, labels="HHC", log=True),
+    "function_family": lambda labels, predicted, ax: plots.function_family(
+        [0, 1], {"a": [0, 1], "b": [1, 0]}, ax, xlabel="distance (Å)", ylabel="value", limit=0.5
+    ),
+    "density_map": lambda labels, predicted, ax: plots.density_map(np.eye(4), 2.0, ax, atoms=[[1.0, 0.0]]),
+    "invariance": lambda labels, predicted, ax: plots.invariance(
+        pd.DataFrame({"rotation": [1e-16, 0.0], "permutation": [np.nan, 0.3]}, index=["SOAP", "raw"]), ax
+    ),
+    "speed_ratios": lambda labels, predicted, ax: plots.speed_ratios(
+        pd.DataFrame({"descriptor": "SOAP", "quantity": ["values", "derivatives"], "atoms": 16, "ratio": [1, 9]}), ax
     ),
 }
 
@@ -380,6 +422,22 @@ class TestDescriptorMap:
         assert plots.descriptor_map(self.mapped).get_legend() is None
 
 
+class TestSetsOverview:
+    def test_a_row_for_each_set_without_its_molecules(self, pair):
+        labels, _ = pair
+        figure = plots.sets_overview([labels, labels])
+        assert len(figure.axes) == 6
+        assert [ax.get_title(loc="left") for ax in figure.axes[::3]] == [labels.name] * 2
+        landscape = figure.axes[2]
+        assert sum(len(points.get_offsets()) for points in landscape.collections) == labels.is_crystal.sum()
+
+    def test_a_set_of_molecules_is_refused(self):
+        with pytest.raises(DataError, match="none of 9 frames is a crystal"):
+            plots.sets_overview([load_dataset("ethanol").subset(range(9))])
+        with pytest.raises(DataError, match="needs at least one set"):
+            plots.sets_overview([])
+
+
 class TestOutliers:
     def test_names_frames_beyond_the_bound(self):
         forces = [np.full((3, 3), 0.1 + 0.001 * i) for i in range(40)]
@@ -634,3 +692,78 @@ def test_palette_is_apart_for_colour_blind_readers():
     for i in range(4):
         for j in range(i):
             assert abs(lightness[i] - lightness[j]) + abs(blue_yellow[i] - blue_yellow[j]) > 0.15
+
+
+class TestNetworks:
+    def test_slopes_are_drawn_with_the_activations(self):
+        ax = plots.activations(slope=True)
+        lines = {line.get_label(): line for line in ax.lines}
+        assert set(lines) == {"relu", "tanh", "softplus", "celu"}
+        z, slope = lines["tanh"].get_data()
+        np.testing.assert_allclose(slope, 1 - np.tanh(z) ** 2, atol=1e-12)
+
+    def test_paths_begin_together_and_end_marked(self):
+        paths = {name: np.array([[1.0, 1.0], [0.5, k]]) for k, name in enumerate(("gd", "adam"))}
+        ax = plots.descent_paths(lambda x, y: x**2 + y**2 + 1, paths)
+        assert legend(ax) == ["gd", "adam"]
+        points = [tuple(np.ravel(line.get_data())) for line in ax.lines if len(line.get_xdata()) == 1]
+        assert points == [(0.5, 0.0), (0.5, 1.0), (1.0, 1.0)]
+
+    def test_paths_of_another_shape_are_named(self):
+        with pytest.raises(DataError, match=r"path of gd must have shape \(n_steps \+ 1, 2\), got \(3,\)"):
+            plots.descent_paths(lambda x, y: x, {"gd": np.zeros(3)})
+
+    def test_errors_over_size_have_geometric_means_and_bands(self):
+        table = pd.DataFrame(
+            {
+                "learner": "net",
+                "n_train": [10, 10, 40],
+                "seed": [0, 1, 0],
+                "energy_rmse_per_atom": [0.001, 0.004, 0.001],
+            }
+        )
+        ax = plots.error_over_size(table, quantity="energy_rmse_per_atom")
+        np.testing.assert_allclose(ax.lines[0].get_ydata(), [2.0, 1.0])
+        assert ax.get_ylabel() == "test energy RMSE (meV/atom)"
+        assert [text.get_text() for text in ax.get_xticklabels()] == ["10", "40"]
+
+    def test_lowest_validation_error_is_marked(self):
+        history = pd.DataFrame({"step": [0, 10, 20], "train_rmse": [1, 0.1, 0.01], "validation_rmse": [1, 0.2, 0.3]})
+        ax = plots.fit_histories({"large": history})
+        [marked] = [line for line in ax.lines if line.get_marker() == "o"]
+        assert (marked.get_xdata()[0], marked.get_ydata()[0]) == (10, 200)
+
+    def test_means_are_drawn_for_each_kind(self):
+        ax = plots.spread_by_kind({"H": [0.1, 0.3], "C": [1.0]})
+        assert [line.get_xdata()[0] for line in ax.lines] == [pytest.approx(0.2), 1.0]
+        assert [text.get_text() for text in ax.get_yticklabels()] == ["H", "C"]
+
+    @pytest.mark.parametrize(
+        ("draw", "sentence"),
+        [
+            (lambda: plots.descent_paths(lambda x, y: x, {}), "no path to draw"),
+            (lambda: plots.descent_losses({}), "no loss to draw"),
+            (lambda: plots.gradients_over_depth({}), "no gradients to draw"),
+            (lambda: plots.fit_histories({}), "no fits to draw"),
+            (lambda: plots.error_over_size(pd.DataFrame()), "errors over size need columns"),
+            (lambda: plots.representation_map(np.eye(2), ["H"]), r"needs points of shape \(1, 2\), got \(2, 2\)"),
+            (lambda: plots.spread_by_kind({"H": []}), "each kind needs a value, got {'H': 0}"),
+        ],
+    )
+    def test_nothing_to_draw_is_said(self, draw, sentence):
+        with pytest.raises(DataError, match=sentence):
+            draw()
+
+
+def test_a_heat_map_names_runs_of_equal_atoms_once_and_wants_a_name_for_each():
+    ax = plots.heat_map(np.eye(5), labels=["H", "H", "C", "H", "H"])
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["H", "C", "H"]
+    assert list(ax.get_xticks()) == [0.5, 2.0, 3.5]
+    with pytest.raises(DataError, match=r"2 labels need a square matrix of that size, got shape \(3, 3\)"):
+        plots.heat_map(np.eye(3), labels=["H", "H"])
+
+
+def test_invariance_draws_no_change_at_the_left_edge():
+    ax = plots.invariance(pd.DataFrame({"rotation": [0.0, 1e-3]}, index=["a", "b"]))
+    assert list(ax.lines[0].get_xdata()) == [1e-17, 1e-3]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["a", "b"]

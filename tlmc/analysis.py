@@ -6,7 +6,7 @@ Everything returns arrays or tables; `tlmc.plots` draws them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tlmc.descriptors.soap import SOAP
 from tlmc.errors import DataError
-from tlmc.geometry import contacts
+from tlmc.geometry import contacts, element_counts
 from tlmc.labelled import Dataset
 from tlmc.splits import energy_groups
 
@@ -256,6 +256,27 @@ def _summary(dataset: Dataset, rows: pd.DataFrame, beyond: pd.DataFrame) -> pd.D
     return table
 
 
+def averaged_soap(frames: Sequence[Atoms], r_cut: float = 5.0, n_max: int = 4, l_max: int = 4) -> FloatArray:
+    """Return the SOAP power spectrum averaged over the atoms of each frame, scaled to unit length.
+
+    Parameters
+    ----------
+    frames
+        ``n_frames`` structures; every element that occurs in one of them has channels.
+    r_cut, n_max, l_max
+        Of `tlmc.descriptors.soap.SOAP`; cutoff in Angstrom.
+
+    Returns
+    -------
+    NDArray
+        Shape ``(n_frames, n_features)``; a scalar product of two rows is the SOAP kernel of two frames.
+    """
+    soap = SOAP(list(element_counts(frames)), r_cut, n_max, l_max, sigma=0.5, average="outer", cutoff="cosine")
+    # frame by frame: neighbour lists of a whole set at once would fill the memory
+    rows = np.stack([np.asarray(soap(frame)).reshape(-1) for frame in frames])
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), dtype=np.float64)
+
+
 class DescriptorMap(NamedTuple):
     """Principal components of one descriptor vector per frame."""
 
@@ -301,10 +322,7 @@ def descriptor_map(
     fitted = np.arange(len(dataset)) if fitted_on is None else np.asarray(fitted_on)
     if len(fitted) < 2:
         raise DataError(f"{dataset.name}: a map needs at least two frames, got {len(fitted)}")
-    soap = SOAP(dataset.elements, r_cut, n_max, l_max, sigma=0.5, average="outer", cutoff="cosine")
-    # frame by frame: neighbour lists of a whole set at once would fill the memory
-    rows = np.stack([np.asarray(soap(frame)).reshape(-1) for frame in dataset.frames])
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    rows = averaged_soap(dataset.frames, r_cut, n_max, l_max)
     centred = rows - rows[fitted].mean(axis=0)
     _, values, directions = np.linalg.svd(centred[fitted], full_matrices=False)
     # the sign of a component is free: its largest entry is made positive, the same on every machine

@@ -7,12 +7,15 @@ import errno
 import json
 import logging
 import lzma
+import os
+import shutil
 import sqlite3
 import struct
 import zlib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 from xml.etree.ElementTree import ParseError as XMLParseError
 
@@ -21,7 +24,7 @@ import numpy as np
 import pooch
 import requests
 from ase import Atoms
-from ase.io.formats import UnknownFileTypeError, filetype
+from ase.io.formats import UnknownFileTypeError, filetype, get_compression, open_with_compression
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
@@ -187,29 +190,49 @@ def read_frames(path: str | Path) -> list[Atoms]:
     if path.is_dir():
         raise DataError(f"{path}: is a folder, not a file with structures")
     try:
-        size = path.stat().st_size
         with path.open("rb") as stream:
-            head = stream.read(16)
+            size = os.fstat(stream.fileno()).st_size
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     if not size:
         raise DataError(f"{path}: is empty (0 bytes)")
-    # a pickle starts with byte 0x80 and its protocol
-    pickled = head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or head.startswith(
-        (b"\x93NUMPY", b"PickleTrajectory")
-    )
-    if pickled or path.suffix.lower() in (".pckl", ".pickle", ".pkl", ".npy", ".npz", ".pt", ".pth"):
-        raise DataError(
-            f"{path}: may hold Python objects (pickle), which run code when read: convert it to extxyz at its origin"
-        )
     try:
-        frames = ase.io.read(str(path), index=":", format=filetype(str(path)), do_not_split_by_at_sign=True)
+        with TemporaryDirectory() as folder:
+            plain = _decompressed(path, Path(folder))
+            if _may_be_pickled(plain):
+                raise DataError(
+                    f"{path}: may hold Python objects (pickle), which run code when read: convert it to extxyz at its "
+                    "origin"
+                )
+            frames = ase.io.read(str(plain), index=":", format=filetype(str(plain)), do_not_split_by_at_sign=True)
     except _READ_ERRORS as error:
         reason = " ".join(str(error).split()) or "no reason given"
         raise DataError(f"{path}: ASE cannot read it ({type(error).__name__}: {reason})") from error
     if not frames:
         raise DataError(f"{path}: holds no frames")
     return list(frames)
+
+
+def _may_be_pickled(path: Path) -> bool:
+    """Tell whether a file begins like a pickle (byte 0x80 and its protocol) or has the name of one."""
+    with path.open("rb") as stream:
+        head = stream.read(16)
+    return (
+        head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+        or head.startswith((b"\x93NUMPY", b"PickleTrajectory"))
+        or path.suffix.lower() in (".pckl", ".pickle", ".pkl", ".npy", ".npz", ".pt", ".pth")
+    )
+
+
+def _decompressed(path: Path, folder: Path) -> Path:
+    """Return the file, or a plain copy of a compressed one: ASE seeks in it, and every seek starts at the beginning."""
+    plain, compression = get_compression(path.name)
+    if compression is None:
+        return path
+    target = folder / plain
+    with open_with_compression(str(path), "rb") as source, target.open("wb") as copy:
+        shutil.copyfileobj(source, copy)
+    return target
 
 
 def dataset_from_frames(

@@ -10,8 +10,8 @@ as a centre (minus), and a strain ``x -> (1 + e) x`` turns ``v`` into ``(1 + e) 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -162,7 +162,7 @@ class LocalDescriptor(Descriptor):
     """
 
     def __init__(self, species: Sequence[str | int], dtype: torch.dtype = torch.float64) -> None:
-        numbers = sorted({_atomic_number(element) for element in species})
+        numbers = sorted({atomic_number(element) for element in species})
         if not numbers:
             raise ConfigError(f"{type(self).__name__} needs at least one element, got {list(species)!r}")
         self.species = tuple(chemical_symbols[number] for number in numbers)
@@ -227,7 +227,8 @@ class LocalDescriptor(Descriptor):
             )
             first_row += len(wanted)
             first_atom += len(frame)
-        return Environments(*(torch.cat(column) for column in zip(*parts, strict=True)), tuple(map(len, frames)))
+        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+        return Environments._make([*columns, tuple(map(len, frames))])
 
     def __call__(self, structures: Structures, centers: Centers = None) -> Tensor:
         """Return one row per centre; see :class:`Descriptor`."""
@@ -286,6 +287,51 @@ def strain_gradient(environments: Environments, vector_gradient: Tensor) -> Tens
     return result.index_add(0, environments.structures[environments.centre], outer)
 
 
+def chunks(environments: Environments, n_pairs: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield first and last centre and first and last pair of pieces with about so many pairs.
+
+    Parameters
+    ----------
+    environments
+        What is cut; a centre's pairs stay together.
+    n_pairs
+        Pairs of a piece at most, unless one centre has more.
+    """
+    n_centres = len(environments.species)
+    ends = torch.searchsorted(environments.centre, torch.arange(n_centres), right=True).tolist()
+    first, begin = 0, 0
+    for row in range(n_centres):
+        if row + 1 == n_centres or ends[row + 1] - begin > n_pairs:
+            yield first, row + 1, begin, ends[row]
+            first, begin = row + 1, ends[row]
+
+
+def gather_slopes(
+    environments: Environments, bounds: tuple[int, int, int, int], moved: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what :class:`SparseJacobian` holds for some centres, from derivatives with respect to pair vectors.
+
+    Parameters
+    ----------
+    environments
+        The pairs.
+    bounds
+        First and last centre, first and last pair, as :func:`chunks` yields them.
+    moved
+        Derivative of the centre's row with respect to every pair vector, shape ``(n_pairs, n_features, 3)``.
+    """
+    first, last, begin, end = bounds
+    n_atoms = sum(environments.sizes)
+    centre, neighbour = environments.centre[begin:end], environments.neighbour[begin:end]
+    rows = torch.arange(first, last)
+    keys = torch.cat([centre * n_atoms + neighbour, rows * n_atoms + environments.atoms[first:last]])
+    keys, place = torch.unique(keys, return_inverse=True)
+    values = moved.new_zeros(len(keys), *moved.shape[1:]).index_add_(0, place[: end - begin], moved)
+    own = moved.new_zeros(last - first, *moved.shape[1:]).index_add_(0, centre - first, moved)
+    values[place[end - begin :]] -= own
+    return keys // n_atoms, keys % n_atoms, values
+
+
 def as_list(structures: Structures) -> list[Atoms]:
     """Return one structure or several as a list.
 
@@ -314,10 +360,10 @@ def center_lists(structures: Structures, centers: Centers) -> list[Tensor]:
     frames = as_list(structures)
     if centers is None:
         return [torch.arange(len(frame)) for frame in frames]
-    lists = [centers] if isinstance(structures, Atoms) else list(centers)
+    lists: list[Any] = [centers] if isinstance(structures, Atoms) else list(centers)
     if len(lists) != len(frames):
         raise ConfigError(f"{len(frames)} structures need as many lists of centers, got {len(lists)}")
-    result = [torch.as_tensor(list(indices), dtype=torch.int64).reshape(-1) for indices in lists]  # type: ignore[arg-type]
+    result = [torch.as_tensor(list(indices), dtype=torch.int64).reshape(-1) for indices in lists]
     for k, (frame, indices) in enumerate(zip(frames, result, strict=True)):
         if len(indices) == 0 or int(indices.min()) < 0 or int(indices.max()) >= len(frame):
             raise ConfigError(f"centers of structure {k} must lie in 0 to {len(frame) - 1}, got {indices.tolist()}")
@@ -337,7 +383,14 @@ def _select(
     return row, neighbour[pick], vectors[pick]
 
 
-def _atomic_number(element: str | int) -> int:
+def atomic_number(element: str | int) -> int:
+    """Return the atomic number of an element given by symbol or number.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such element.
+    """
     number = atomic_numbers.get(element) if isinstance(element, str) else element
     if number is None or not 0 < number < len(chemical_symbols):
         raise ConfigError(f"{element!r} is no chemical element")

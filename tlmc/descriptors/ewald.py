@@ -7,10 +7,10 @@ the energy per cell is the sum over ``i <= j``. With the splitting parameter ``a
 - reciprocal space: ``(4 pi / V) Z_i Z_j sum_{G != 0} exp(-G^2 / 4 a^2) / G^2 cos(G . r_ij)``, ``G`` including 2 pi,
 - background: ``-Z_i Z_j pi / (V a^2)``,
 
-and the diagonal is half of that (``L = 0`` left out) less the self-energy ``Z_i^2 a / sqrt(pi)``. The sum does not
-depend on ``a``: the thesis prints ``erf`` for ``erfc``, ``1 / (pi V)`` with vectors that include 2 pi, and an
-off-diagonal constant that contains the self-energy, and that form does depend on it.
-:func:`printed_constant` keeps that constant for comparison.
+and the diagonal is half of that (``L = 0`` left out) less the self-energy ``Z_i^2 a / sqrt(pi)``. These are DScribe's
+conventions too. The sum does not depend on ``a``: the thesis prints ``erf`` for ``erfc``, ``1 / (pi V)`` with vectors
+that include 2 pi, and an off-diagonal constant that contains the self-energy, and that form does depend on it.
+:func:`printed_off_diagonal` keeps that form for comparison.
 
 ``cos(G . (x_j - x_i)) = cos cos + sin sin`` turns the double sum over pairs into two matrix products.
 """
@@ -46,8 +46,8 @@ def ewald_parameters(
     """Choose the splitting parameter and the cutoffs.
 
     Both sums are cut where their Gaussian factors, ``exp(-a^2 r^2)`` and ``exp(-G^2 / 4 a^2)``, fall to ``accuracy``
-    (Jackson and Catlow, Mol. Simul. 1, 207, 1988). The default ``a = sqrt(pi) (n / V^2)^(1/6)`` gives both the same
-    number of terms per atom.
+    (Jackson and Catlow, Mol. Simul. 1, 207, 1988), which bounds the error of an element over ``Z_i Z_j`` in 1/Angstrom.
+    The default ``a = sqrt(pi) (n / V^2)^(1/6)`` gives both the same number of terms per atom.
 
     Parameters
     ----------
@@ -119,14 +119,31 @@ def ewald_matrix(
     return ordered(total, ordering)
 
 
-def printed_constant(charges: Tensor, volume: float, splitting: float) -> Tensor:
-    """Return the constant part as the thesis prints it off the diagonal (2.7), which is wrong; for comparison only.
+def printed_off_diagonal(charges: Tensor, positions: Tensor, cell: Tensor, parameters: EwaldParameters) -> Tensor:
+    """Return the elements off the diagonal as the thesis prints them (2.4-2.7), which is wrong; for comparison only.
 
-    ``-(Z_i^2 + Z_j^2) a / sqrt(pi) - (Z_i + Z_j)^2 pi / (2 V a^2)``, shape ``(n_atoms, n_atoms)``, e^2/Angstrom.
+    The reciprocal part has the prefactor ``1 / (pi V)``, the constant is
+    ``-(Z_i^2 + Z_j^2) a / sqrt(pi) - (Z_i + Z_j)^2 pi / (2 V a^2)``. The printed ``erf`` is read as ``erfc``: its sum
+    over the lattice would not converge.
+
+    Parameters
+    ----------
+    charges, positions, cell
+        As in :func:`ewald_matrix`.
+    parameters
+        Splitting, on which the result depends, and cutoffs.
+
+    Returns
+    -------
+    Tensor
+        Shape ``(n_atoms, n_atoms)`` in e^2/Angstrom, zero on the diagonal.
     """
-    z = charges.double()
-    own = (z[:, None] ** 2 + z**2) * splitting / math.sqrt(math.pi)
-    return -own - (z[:, None] + z) ** 2 * math.pi / (2.0 * volume * splitting**2)
+    z, a, volume = charges.to(positions.dtype), parameters.splitting, torch.linalg.det(cell).abs()
+    reciprocal = _reciprocal_space(positions, cell, volume, parameters) / (4.0 * math.pi**2)
+    total: Tensor = torch.outer(z, z) * (_real_space(positions, cell, parameters) + reciprocal)
+    total = total - (z[:, None] ** 2 + z**2) * a / math.sqrt(math.pi)
+    total = total - (z[:, None] + z) ** 2 * math.pi / (2.0 * volume * a**2)
+    return total.fill_diagonal_(0.0)
 
 
 class EwaldMatrix(MatrixDescriptor):
@@ -182,7 +199,8 @@ def _tensors(frame: Atoms) -> tuple[Tensor, Tensor, Tensor]:
 
 def _pairs(positions: Tensor, cell: Tensor, r_cut: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return centre, neighbour and vector of all pairs; the vectors depend on positions and cell."""
-    frame = Atoms(numbers=[1] * len(positions), positions=positions.detach(), cell=cell.detach(), pbc=True)
+    box, points = cell.detach().numpy(), positions.detach().numpy()
+    frame = Atoms(numbers=[1] * len(points), positions=points, cell=box, pbc=True)
     pairs = neighbours(frame, r_cut, positions.dtype)
     apart = positions[pairs.neighbour] - positions[pairs.centre]
     shifts = torch.round((pairs.vectors - apart.detach()) @ torch.linalg.inv(cell.detach()))
@@ -192,7 +210,7 @@ def _pairs(positions: Tensor, cell: Tensor, r_cut: float) -> tuple[Tensor, Tenso
 def _real_space(positions: Tensor, cell: Tensor, parameters: EwaldParameters) -> Tensor:
     n_atoms = len(positions)
     centre, neighbour, vectors = _pairs(positions, cell, parameters.r_cut)
-    distances = torch.linalg.vector_norm(vectors, dim=1)
+    distances: Tensor = torch.linalg.vector_norm(vectors, dim=1)
     terms = torch.erfc(parameters.splitting * distances) / distances
     return terms.new_zeros(n_atoms * n_atoms).index_add(0, centre * n_atoms + neighbour, terms).view(n_atoms, n_atoms)
 
@@ -211,7 +229,7 @@ def _real_slopes(positions: Tensor, cell: Tensor, parameters: EwaldParameters) -
 
 def _reciprocal_vectors(cell: Tensor, g_cut: float) -> Tensor:
     """Return one of each pair ``G, -G`` within the cutoff, shape ``(n_vectors, 3)``, dependent on the cell."""
-    reciprocal = 2.0 * math.pi * torch.linalg.inv(cell).T
+    reciprocal: Tensor = 2.0 * math.pi * torch.linalg.inv(cell).T
     # |G| < g_cut lies within n_k <= g_cut |a_k| / 2 pi, because G . a_k = 2 pi n_k
     limits = (g_cut * torch.linalg.vector_norm(cell.detach(), dim=1) / (2.0 * math.pi)).floor().int().tolist()
     first = torch.arange(0, limits[0] + 1)

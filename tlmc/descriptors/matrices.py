@@ -42,14 +42,15 @@ def ordered(matrix: Tensor, ordering: Ordering) -> Tensor:
         rows = torch.take_along_dim(matrix, order[..., :, None], dim=-2)
         return torch.take_along_dim(rows, order[..., None, :], dim=-1)
     if ordering == "eigenspectrum":
-        values = torch.linalg.eigvalsh(matrix)
-        return torch.take_along_dim(values, values.abs().argsort(dim=-1, descending=True, stable=True), dim=-1)
+        values: Tensor = torch.linalg.eigvalsh(matrix)
+        return values.take_along_dim(values.abs().argsort(dim=-1, descending=True, stable=True), dim=-1)
     return matrix
 
 
 def row_order(matrix: Tensor) -> Tensor:
     """Return the rows' indices by descending L2 norm, shape ``(..., n)``; ties keep their order."""
-    return torch.linalg.vector_norm(matrix, dim=-1).argsort(dim=-1, descending=True, stable=True)
+    norms: Tensor = torch.linalg.vector_norm(matrix, dim=-1)
+    return norms.argsort(dim=-1, descending=True, stable=True)
 
 
 class MatrixDescriptor(GlobalDescriptor):

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.polynomial import chebyshev
 from numpy.typing import NDArray
-from scipy import linalg, special
+from scipy import fft, linalg, special
 from torch import Tensor
 
 from tlmc.errors import ConfigError
@@ -55,7 +55,7 @@ class RadialBasis(ABC):
     """Overlap of a Gaussian at the origin with the functions of degree zero, before mixing, ``(n_max,)``."""
 
     def __init__(self, r_cut: float, n_max: int, l_max: int, sigma: float, reach: float) -> None:
-        self.r_cut, self.n_max, self.l_max, self.reach = r_cut, n_max, l_max, reach
+        self.r_cut, self.n_max, self.l_max, self.sigma, self.reach = r_cut, n_max, l_max, sigma, reach
         self.eta = 1.0 / (2.0 * sigma**2)
 
     @abstractmethod
@@ -116,6 +116,8 @@ class PolynomialBasis(RadialBasis):
 
     def __init__(self, r_cut: float, n_max: int, l_max: int, sigma: float, reach: float) -> None:
         super().__init__(r_cut, n_max, l_max, sigma, reach)
+        if sigma < 0.02 * r_cut:
+            raise ConfigError(f"Gaussians of sigma = {sigma} A are too narrow for polynomials up to {r_cut} A")
         self._rotation = self._to_symmetric()
         self.mixing = torch.eye(n_max, dtype=torch.float64).expand(l_max + 1, -1, -1)
         series = self._chebyshev_series()
@@ -141,8 +143,9 @@ class PolynomialBasis(RadialBasis):
 
     def _norms(self) -> Array:
         """Return the norms of ``t^3 P_k^(2,6)(2 t - 1)`` with the weight ``r^2 dr``, where ``t = 1 - r / r_cut``."""
-        norms = [self.r_cut**3 * (k + 1) * (k + 2) / ((2 * k + 9) * (k + 7) * (k + 8)) for k in range(self.n_max)]
-        return np.sqrt(np.array(norms))
+        squared = [self.r_cut**3 * (k + 1) * (k + 2) / ((2 * k + 9) * (k + 7) * (k + 8)) for k in range(self.n_max)]
+        norms: Array = np.sqrt(np.array(squared))
+        return norms
 
     def _to_symmetric(self) -> Array:
         """Return the rotation from orthonormal Jacobi polynomials to the symmetrically orthonormalised functions.
@@ -173,19 +176,17 @@ class PolynomialBasis(RadialBasis):
         n_terms = 32
         while True:
             nodes = np.cos(math.pi * (np.arange(n_terms) + 0.5) / n_terms)
-            values = self._quadrature(0.5 * self.reach * (nodes + 1.0))
-            cosines = np.cos(math.pi * np.outer(np.arange(n_terms) + 0.5, np.arange(n_terms)) / n_terms)
-            series: Array = values @ cosines * (2.0 / n_terms)
+            series: Array = fft.dct(self._quadrature(0.5 * self.reach * (nodes + 1.0)), axis=-1) / n_terms
             series[..., 0] *= 0.5
             largest = np.abs(series).max(axis=(0, 1))
-            needed = int(np.nonzero(largest > 1e-15 * largest.max())[0][-1]) + 1
-            if needed <= n_terms - 4 or n_terms >= 512:
+            needed = int(np.nonzero(largest > 1e-14 * largest.max())[0][-1]) + 1
+            if needed <= 0.9 * n_terms:
                 return series[..., : max(needed, 2)]
             n_terms *= 2
 
     def _quadrature(self, distances: Array) -> Array:
         """Return the overlaps by quadrature over r, ``(l_max + 1, n_max, n_distances)``."""
-        nodes, weights = np.polynomial.legendre.leggauss(100)
+        nodes, weights = np.polynomial.legendre.leggauss(100 + int(4.0 * self.r_cut / self.sigma))
         radii = 0.5 * self.r_cut * (nodes + 1.0)
         functions = self.functions(radii)[0] * radii**2 * weights * (0.5 * self.r_cut)
         result = np.empty((self.l_max + 1, self.n_max, len(distances)))

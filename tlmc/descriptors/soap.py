@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from tlmc.descriptors.base import Environments, LocalDescriptor, SparseJacobian
+from tlmc.descriptors.base import Environments, LocalDescriptor, SparseJacobian, chunks
 from tlmc.descriptors.harmonics import harmonics_and_gradients, spherical_harmonics
 from tlmc.descriptors.radial import GaussianBasis, PolynomialBasis, RadialBasis
 from tlmc.errors import ConfigError
@@ -126,8 +126,8 @@ class SOAP(LocalDescriptor):
         list of Tensor
             For each degree shape ``(n_centres, n_species * n_max, 2 l + 1)``.
         """
-        chunks = [self._coefficients(environments, *bounds) for bounds in _chunks(environments)]
-        return [torch.cat(degree) for degree in zip(*chunks, strict=True)]
+        parts = [self._coefficients(environments, *bounds) for bounds in chunks(environments, PAIRS_AT_ONCE)]
+        return [torch.cat(degree) for degree in zip(*parts, strict=True)]
 
     def values(self, environments: Environments) -> Tensor:
         """Return the power spectra, differentiable (twice) in ``environments.vectors``; see :class:`LocalDescriptor`.
@@ -137,8 +137,8 @@ class SOAP(LocalDescriptor):
         if self.average == "inner":
             averaged = [_mean(c, environments) for c in self.coefficients(environments)]
             return self._spectrum(averaged)
-        chunks = [self._spectrum(self._coefficients(environments, *bounds)) for bounds in _chunks(environments)]
-        spectra = torch.cat(chunks)
+        parts = [self._coefficients(environments, *bounds) for bounds in chunks(environments, PAIRS_AT_ONCE)]
+        spectra = torch.cat([self._spectrum(part) for part in parts])
         return _mean(spectra, environments) if self.average == "outer" else spectra
 
     def jacobian(self, environments: Environments) -> SparseJacobian:
@@ -183,7 +183,7 @@ class SOAP(LocalDescriptor):
             sums, used = [], 0
             for width in widths:
                 radial = overlaps[degree, :, used : used + n_centres * width].view(self.n_max, n_centres, width)
-                angular = harmonics[degree][:, used : used + n_centres * width].view(-1, n_centres, width)
+                angular = harmonics[degree][:, used : used + n_centres * width].view(2 * degree + 1, n_centres, width)
                 sums.append(torch.bmm(radial.transpose(0, 1), angular.permute(1, 2, 0)))
                 used += n_centres * width
             c = torch.matmul(mixing[degree], torch.stack(sums, dim=1))
@@ -230,7 +230,7 @@ class SOAP(LocalDescriptor):
     def _jacobian_chunks(self, environments: Environments) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield rows, atoms and derivatives of the spectra, chunk by chunk."""
         n_atoms, n_features = sum(environments.sizes), self.n_features
-        for first, last, begin, end in _chunks(environments, PAIRS_AT_ONCE // 4):
+        for first, last, begin, end in chunks(environments, PAIRS_AT_ONCE // 4):
             centre, neighbour = environments.centre[begin:end], environments.neighbour[begin:end]
             rows = torch.arange(first, last)
             keys = torch.cat([centre * n_atoms + neighbour, rows * n_atoms + environments.atoms[first:last]])
@@ -267,7 +267,7 @@ class SOAP(LocalDescriptor):
             environments.vectors.new_zeros(self.n_max, 3, 2 * degree + 1, n_atoms * n_species)
             for degree in range(self.l_max + 1)
         ]
-        for _, _, begin, end in _chunks(environments, PAIRS_AT_ONCE // 4):
+        for _, _, begin, end in chunks(environments, PAIRS_AT_ONCE // 4):
             species = environments.neighbour_species[begin:end]
             to = environments.neighbour[begin:end] * n_species + species
             out_of = environments.atoms[environments.centre[begin:end]] * n_species + species
@@ -282,6 +282,31 @@ class SOAP(LocalDescriptor):
             products.append(product.view(n_atoms, n_species * self.n_max, -1, 3))
         table = torch.stack([p + p.transpose(1, 2) for p in products], dim=1).flatten(1, 3)
         return SparseJacobian(structure, torch.arange(n_atoms), table[:, self._layout.product])
+
+
+def expanded_density(descriptor: SOAP, coefficients: list[Tensor], points: Tensor) -> Tensor:
+    """Return the density that expansion coefficients stand for (thesis eq. 2.11), to be looked at.
+
+    Parameters
+    ----------
+    descriptor
+        Whose basis is meant.
+    coefficients
+        Of one centre and one element, for each degree shape ``(n_max, 2 l + 1)``: a slice of what
+        :meth:`SOAP.coefficients` gives.
+    points
+        Relative to the centre, Angstrom, shape ``(n_points, 3)``, none at the centre.
+
+    Returns
+    -------
+    Tensor
+        Shape ``(n_points,)``; one atom alone has the density one at its place.
+    """
+    distances = torch.linalg.vector_norm(points, dim=1)
+    harmonics = spherical_harmonics((points / distances[:, None]).T, descriptor.l_max)
+    radial = torch.from_numpy(descriptor.radial.functions(distances.numpy()))
+    terms = [torch.einsum("nm,np,mp->p", c, g, y) for c, g, y in zip(coefficients, radial, harmonics, strict=True)]
+    return torch.stack(terms).sum(0)
 
 
 class _Layout(NamedTuple):
@@ -324,7 +349,8 @@ def _prefactor(degree: int) -> float:
 def _lengths(vectors: Tensor) -> Tensor:
     """Return the lengths of vectors ``(3, n)``; much faster than a norm over the first dimension."""
     x, y, z = vectors
-    return (x * x + y * y + z * z).sqrt()
+    squared: Tensor = x * x + y * y + z * z
+    return squared.sqrt()
 
 
 def _cosine(distances: Tensor, r_cut: float) -> Tensor:
@@ -342,14 +368,3 @@ def _mean(rows: Tensor, environments: Environments) -> Tensor:
 
 def _structure_of_atoms(environments: Environments) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(environments.sizes)), torch.tensor(environments.sizes))
-
-
-def _chunks(environments: Environments, pairs: int = PAIRS_AT_ONCE) -> Iterator[tuple[int, int, int, int]]:
-    """Yield first and last centre and first and last pair of pieces with about so many pairs."""
-    n_centres = len(environments.species)
-    ends = torch.searchsorted(environments.centre, torch.arange(n_centres), right=True).tolist()
-    first, begin = 0, 0
-    for row in range(n_centres):
-        if row + 1 == n_centres or ends[row + 1] - begin > pairs:
-            yield first, row + 1, begin, ends[row]
-            first, begin = row + 1, ends[row]

@@ -8,7 +8,8 @@ in shape by springs between all of its atoms. There is no chemistry in it: a rel
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import vesin
@@ -27,14 +28,14 @@ _DEPTH, _SPRING, _CUTOFF = 0.01, 5.0, 9.0
 """eV, eV/Angstrom^2 and Angstrom."""
 
 
-class SoftMolecules(Calculator):  # type: ignore[misc]
+class SoftMolecules(Calculator):
     """Van der Waals contacts between molecules that keep their shape (see the module)."""
 
-    implemented_properties: ClassVar[list[str]] = ["energy", "forces", "stress"]
+    implemented_properties = ["energy", "forces", "stress"]
 
     def __init__(self, crystal: Atoms, molecules: list[NDArray[np.int64]]) -> None:
         """Take the molecules' shapes from a crystal that holds them in one piece, and their atoms' indices."""
-        super().__init__()
+        Calculator.__init__(self)
         self.molecule_of = np.empty(len(crystal), dtype=np.int64)
         first, second = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
         for k, members in enumerate(molecules):
@@ -51,11 +52,14 @@ class SoftMolecules(Calculator):  # type: ignore[misc]
         self.search = vesin.NeighborList(cutoff=_CUTOFF, full_list=False)
 
     def calculate(
-        self, atoms: Atoms | None = None, properties: Any = None, system_changes: list[str] = all_changes
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = all_changes,
     ) -> None:
-        """Compute energy, forces and stress."""
-        super().calculate(atoms, properties, system_changes)
-        frame = self.atoms
+        """Compute energy, forces and stress, all in one pass (ASE calls this)."""
+        Calculator.calculate(self, atoms, properties, system_changes)
+        frame = cast(Atoms, self.atoms)
         i, j, shift, vectors, distances = self.search.compute(
             frame.positions, frame.cell.array, frame.pbc, "ijSDd", copy=True
         )
@@ -78,7 +82,7 @@ class SoftMolecules(Calculator):  # type: ignore[misc]
         np.add.at(forces, first, slopes)
         np.add.at(forces, second, -slopes)
         stress = np.concatenate([vectors, springs]).T @ slopes / frame.get_volume()
-        self.results = {
+        self.results: dict[str, Any] = {
             "energy": float(_DEPTH * (ratio**2 - 2.0 * ratio).sum() + 0.5 * _SPRING * (stretch**2).sum()),
             "forces": forces,
             "stress": full_3x3_to_voigt_6_stress(stress),

@@ -245,7 +245,7 @@ def _bonds(job: _Candidate) -> list[tuple[int, int]]:
 def _random_packing(job: _Candidate) -> tuple[Atoms, list[NDArray[np.int64]], str]:
     """Return a loose crystal, the atoms of each molecule in it, and the symbol of its space group."""
     try:
-        from pymatgen.core import Molecule
+        from pymatgen.core.structure import Molecule
         from pyxtal import pyxtal
     except ModuleNotFoundError as error:
         raise ConfigError("candidate packings need PyXtal: pip install 'tlmc[label]'") from error

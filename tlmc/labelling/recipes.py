@@ -55,6 +55,16 @@ _PACKING_PLAN: tuple[Perturbation, ...] = (
         temperatures=(150.0, 300.0, 450.0, 600.0), strains=(0.0, -0.01, 0.01, 0.02), frames=1, interval=25
     ),
 )
+# dynamics is the dearest part: here two snapshots share a run
+_SHORTER_DYNAMICS = MolecularDynamics(temperatures=(150.0, 600.0), strains=(0.0, 0.01), frames=2, interval=12)
+_SHORTER_PACKING_PLAN: tuple[Perturbation, ...] = (*_PACKING_PLAN[:-1], _SHORTER_DYNAMICS)
+# the ends of a long molecule move far when it turns, and are in each other's way when the cell shrinks
+_LONG_MOLECULE_PLAN: tuple[Perturbation, ...] = (
+    RigidMotion(count=3, shifts=(0.03, 0.06, 0.09), angles=(1.0, 1.5, 2.0), rattle=0.02, correlation=1.5),
+    *_PACKING_PLAN[1:3],
+    Strain(count=5, linear=(-0.02, 0.04), random=0.012, rattle=0.03, correlation=1.5),
+    _SHORTER_DYNAMICS,
+)
 _MOLECULE_PLAN: tuple[Perturbation, ...] = (
     Rattle(count=6, widths=(0.02, 0.04, 0.06), correlation=1.5),
     Rattle(count=3, widths=(0.01, 0.02, 0.03)),
@@ -64,13 +74,13 @@ _TWO_UNITS = ((2, 2), (4, 2), (1, 2), (7, 2))
 _TWO_OR_FOUR_UNITS = ((14, 4), (2, 2), (4, 2), (19, 4), (1, 2), (33, 4))
 
 
-def _packed(number: int, smiles: str, cells: tuple[tuple[int, int], ...], conformers: int = 1) -> Recipe:
+def _packed(number: int, smiles: str, packings: Packings, plan: tuple[Perturbation, ...] = _PACKING_PLAN) -> Recipe:
     """Return the recipe of one of the five sets that mirror those of the thesis."""
     return Recipe(
         name=f"{number}-like",
         structure=f"smiles:{smiles}",
-        packings=Packings(tries=14, keep=8, cells=cells, conformers=conformers),
-        plan=_PACKING_PLAN,
+        packings=packings,
+        plan=plan,
         molecule_plan=_MOLECULE_PLAN,
         seed=number * 1000,
     )
@@ -80,15 +90,30 @@ RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         # (iodoethynyl)trimethylsilane
-        _packed(27, "C[Si](C)(C)C#CI", _TWO_OR_FOUR_UNITS),
+        _packed(27, "C[Si](C)(C)C#CI", Packings(tries=14, keep=8, cells=_TWO_OR_FOUR_UNITS)),
         # chlorotris(thiourea)copper(I)
-        _packed(28, "NC(N)=S->[Cu](Cl)(<-S=C(N)N)<-S=C(N)N", _TWO_UNITS),
+        _packed(28, "NC(N)=S->[Cu](Cl)(<-S=C(N)N)<-S=C(N)N", Packings(tries=14, keep=8, cells=_TWO_UNITS)),
         # diflubenzuron
-        _packed(31, "O=C(NC(=O)c1c(F)cccc1F)Nc1ccc(Cl)cc1", _TWO_UNITS),
+        _packed(
+            31,
+            "O=C(NC(=O)c1c(F)cccc1F)Nc1ccc(Cl)cc1",
+            Packings(tries=10, keep=8, cells=_TWO_UNITS),
+            _LONG_MOLECULE_PLAN,
+        ),
         # ROY, 5-methyl-2-[(2-nitrophenyl)amino]thiophene-3-carbonitrile
-        _packed(32, "Cc1cc(C#N)c(Nc2ccccc2[N+](=O)[O-])s1", _TWO_UNITS, conformers=3),
+        _packed(
+            32,
+            "Cc1cc(C#N)c(Nc2ccccc2[N+](=O)[O-])s1",
+            Packings(tries=10, keep=8, cells=_TWO_UNITS, conformers=3),
+            _LONG_MOLECULE_PLAN,
+        ),
         # morpholinium chloride
-        _packed(33, "C1COCC[NH2+]1.[Cl-]", _TWO_OR_FOUR_UNITS),
+        _packed(
+            33,
+            "C1COCC[NH2+]1.[Cl-]",
+            Packings(tries=12, keep=8, cells=_TWO_UNITS),
+            _SHORTER_PACKING_PLAN,
+        ),
         Recipe(
             name="ethanol",
             structure="smiles:CCO",

@@ -57,7 +57,7 @@ def molecules_from_smiles(smiles: str, seed: int = 0) -> list[Atoms]:
     """
     try:
         from rdkit import Chem, rdBase
-        from rdkit.Chem import AllChem
+        from rdkit.Chem import rdDistGeom
     except ModuleNotFoundError as error:
         raise ConfigError("molecules from SMILES need RDKit: pip install 'tlmc[label]'") from error
     with rdBase.BlockLogs():
@@ -67,7 +67,7 @@ def molecules_from_smiles(smiles: str, seed: int = 0) -> list[Atoms]:
         molecules = []
         for fragment in Chem.GetMolFrags(whole, asMols=True):
             molecule = Chem.AddHs(fragment)
-            if AllChem.EmbedMolecule(molecule, randomSeed=seed) != 0:
+            if rdDistGeom.EmbedMolecule(molecule, randomSeed=seed) != 0:
                 raise DataError(f"RDKit finds no conformer of {Chem.MolToSmiles(fragment)} in {smiles!r}")
             positions = molecule.GetConformer().GetPositions()
             bonds = [(bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()) for bond in molecule.GetBonds()]

@@ -17,9 +17,30 @@ from tlmc.plots.data import (
     outliers,
     split_coverage,
 )
+from tlmc.plots.descriptors import density_map, function_family, heat_map, invariance, speed_ratios
 from tlmc.plots.errors import error_against_force, error_by_element, parity, parity_grid, residual_histogram
 from tlmc.plots.learning import error_against_time, learning_curve, learning_curves, validation_curves
 from tlmc.plots.models import energy_volume, environment_vector
+from tlmc.plots.networks import (
+    activations,
+    curve_fits,
+    descent_losses,
+    descent_paths,
+    error_over_size,
+    fit_histories,
+    gradients_over_depth,
+    representation_map,
+    spread_by_kind,
+)
+from tlmc.plots.overview import sets_overview
+from tlmc.plots.sampling import (
+    active_learning,
+    committee_scan,
+    drawn_energies,
+    normal_mode,
+    reliability_diagram,
+    spread_and_error,
+)
 from tlmc.plots.style import COLUMN, ELEMENT_COLOURS, PALETTE, STYLE, save_figure, styled, subplots
 
 __all__ = [
@@ -27,25 +48,46 @@ __all__ = [
     "ELEMENT_COLOURS",
     "PALETTE",
     "STYLE",
+    "activations",
+    "active_learning",
+    "committee_scan",
+    "curve_fits",
     "density_landscape",
+    "density_map",
+    "descent_losses",
+    "descent_paths",
     "descriptor_map",
+    "drawn_energies",
     "energy_histogram",
     "energy_volume",
     "environment_vector",
     "error_against_force",
     "error_against_time",
     "error_by_element",
+    "error_over_size",
+    "fit_histories",
     "force_histogram",
     "force_outliers",
+    "function_family",
+    "gradients_over_depth",
+    "heat_map",
+    "invariance",
     "learning_curve",
     "learning_curves",
     "neighbour_distances",
+    "normal_mode",
     "outliers",
     "parity",
     "parity_grid",
+    "reliability_diagram",
+    "representation_map",
     "residual_histogram",
     "save_figure",
+    "sets_overview",
+    "speed_ratios",
     "split_coverage",
+    "spread_and_error",
+    "spread_by_kind",
     "styled",
     "subplots",
     "validation_curves",
