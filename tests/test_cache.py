@@ -6,6 +6,9 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from ase.build import molecule
 from potential_references import toy_potential
 from test_aev import small_cell
 
+from tlmc.datasets import load_dataset
 from tlmc.descriptors.aev import aev, aev_jacobian, neighbours
 from tlmc.errors import DataError, ModelError
 from tlmc.training import cache as module
@@ -140,3 +144,74 @@ def test_maps_cannot_write_to_the_cache(tmp_path):
     cache[0].G.zero_()
     assert (cache.folder / "G.bin").read_bytes() == before
     assert np.frombuffer(before, dtype=np.float32).any()
+
+
+STREAM = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import pathlib, torch
+import test_cache as t
+from tlmc.training.engine import Engine, merge
+from tlmc.training.loss import batch_loss
+from tlmc.training.optimizer import Update
+from functools import partial
+
+torch.set_num_threads(1)
+model, loss = t.toy_potential(dtype=torch.float32), partial(batch_loss, lambda_=0.5)
+
+def status(key):
+    line = next(line for line in open("/proc/self/status") if line.startswith(key))
+    return 1024 * int(line.split()[1])
+
+def epoch(engine, cache, moments):
+    for i in range(0, len(cache), 2):
+        batch = merge([cache[i], cache[i + 1]])
+        zeros = torch.zeros(sum(batch.sizes), 3)
+        update = Update(engine.flat, *moments, engine.gradient, 1e-4, 0.1, 1)
+        engine.loss_gradient(batch, torch.zeros(2, dtype=torch.float64), zeros, loss, update)
+
+warm = t.build_cache(model, t.frames()[:2], torch.float32, pathlib.Path(sys.argv[2]))
+engine = Engine(model, warm, (True,) * 4)
+epoch(engine, warm, [torch.zeros_like(engine.flat) for _ in range(2)])
+size = sum(file.stat().st_size for file in pathlib.Path(sys.argv[3]).iterdir())
+limit = status("VmSize") + size // 4
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+cache = t.module.DescriptorCache(pathlib.Path(sys.argv[3]))
+engine = Engine(model, cache, (True,) * 4)
+moments = [torch.zeros_like(engine.flat) for _ in range(2)]
+peaks = []
+for _ in range(3):
+    epoch(engine, cache, moments)
+    peaks.append(status("VmSize"))
+print(size, *peaks)
+"""
+
+
+def test_set_four_times_larger_than_the_memory_left_streams(tmp_path):
+    """Under a real limit of the address space; and no epoch needs more than the one before."""
+    model = toy_potential(dtype=torch.float32)
+    cache = build_cache(model, [small_cell().repeat((3, 3, 2))], torch.float32, tmp_path / "one")
+    large = tmp_path / "large"
+    large.mkdir()
+    copies = 240
+    for file in cache.folder.glob("*.bin"):
+        (large / file.name).write_bytes(file.read_bytes() * copies)
+    meta = json.loads((cache.folder / "meta.json").read_text())
+    (large / "meta.json").write_text(json.dumps(meta | {"frames": meta["frames"] * copies}))
+    run = subprocess.run(
+        [sys.executable, "-c", STREAM, str(Path(__file__).parent), str(tmp_path / "warm"), str(large)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    size, first, *later = map(int, run.stdout.split())
+    assert size > 150e6
+    assert max(later) <= first + 2e6
+
+
+def test_bytes_per_atom(tmp_path):
+    """At most 60 kB on disk in the densest of the embedded crystals."""
+    frame = load_dataset("naphthalene").crystals().frames[0]
+    cache = build_cache(toy_potential(dtype=torch.float32), [frame], torch.float32, tmp_path)
+    assert sum(file.stat().st_size for file in cache.folder.iterdir()) / len(frame) < 60e3

@@ -21,8 +21,10 @@ from potential_references import (
     with_exact_celu,
 )
 
+from tlmc.descriptors.aev import neighbours
 from tlmc.errors import DataError, ModelError
 from tlmc.potentials import Predictions, TlmcCalculator, energy_spread, member_energies, predict
+from tlmc.potentials.calculator import SkinNeighbours
 from tlmc.reference import ReferenceEnergies
 
 TRICLINIC = [[3.9, 0.3, 0.0], [-0.4, 4.2, 0.5], [0.2, 0.1, 4.6]]
@@ -348,3 +350,27 @@ def test_uncovered_elements_are_named(toy):
 def test_one_member_has_no_spread():
     with pytest.raises(ModelError, match="toy has 1 member: a spread needs an ensemble"):
         energy_spread(toy_potential(members=1), [METHANE])
+
+
+def test_neighbours_are_reused_within_the_skin_and_exact():
+    """A walk far longer than the skin: every step equals a list made anew, and few lists are made."""
+    model, rng = toy_potential(), np.random.default_rng(0)
+    frame, find = short_cell(), SkinNeighbours(5.0, skin=0.4)
+    for _ in range(30):
+        frame.positions += rng.normal(scale=0.02, size=frame.positions.shape)
+        pairs, fresh = find(frame, torch.float64), neighbours(frame, 5.0)
+        assert len(pairs.centre) == len(fresh.centre)
+        for i in range(len(frame)):
+            mine, expected = (
+                np.array(sorted(p.vectors[p.centre == i].round(decimals=9).tolist())) for p in (pairs, fresh)
+            )
+            np.testing.assert_allclose(mine, expected, atol=2e-9)
+    assert 1 < find.builds < 15
+    frame.set_cell(frame.cell.array * 1.001, scale_atoms=True)
+    assert torch.equal(find(frame, torch.float64).vectors, neighbours(frame, 5.0).vectors)
+    frame.calc = TlmcCalculator(model)
+    frame.get_potential_energy()
+    for _ in range(3):
+        frame.positions[0] += 0.05
+        np.testing.assert_allclose(frame.get_forces(), predict(model, [frame]).forces[0], atol=1e-10)
+    assert frame.calc._find.builds == 1

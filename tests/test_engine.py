@@ -14,10 +14,14 @@ from potential_references import torchani_ani2x, toy_potential, with_exact_celu
 from test_aev import small_cell
 
 from tlmc.datasets import load_dataset
+from tlmc.errors import ConfigError
 from tlmc.potentials import predict, relabel, to_torchani, trainable_layers
+from tlmc.training import engine as module
 from tlmc.training.cache import build_cache
-from tlmc.training.engine import Engine, merge
+from tlmc.training.engine import Engine, TorchSweeps, merge
+from tlmc.training.kernels import CompiledSweeps, kernels
 from tlmc.training.loss import batch_loss
+from tlmc.training.optimizer import Update
 
 LAMBDA = 0.6
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -70,7 +74,7 @@ def relative_difference(engine, network):
             weight = torch.stack([m.weight.grad.t() for m in modules])
             bias = torch.stack([m.bias.grad[None] for m in modules])
             if number == 0:
-                weight = weight[:, engine.columns].transpose(0, 1).flatten(1)
+                weight = weight[:, engine.columns]
             parts.append((slot.weight.double() - weight, weight))
             parts.append((slot.bias.double().reshape(-1) - bias.reshape(-1), bias))
     difference, reference = (torch.cat([p[i].reshape(-1) for p in parts]).norm() for i in (0, 1))
@@ -137,12 +141,12 @@ def test_flat_gradient_equals_finite_differences_of_the_loss(scheme, tmp_path):
     cache = build_cache(model, frames, torch.float64, tmp_path)
     ordered = torch.cat([torch.from_numpy(f)[cache[i].order] for i, f in enumerate(forces)])
     start, values = engine.flat.clone(), []
-    for step in (1e-5, -1e-5):
+    for step in (1e-6, -1e-6):
         engine.flat.copy_(start + step * direction)
         batch = merge(cache.structures)
         loss = partial(batch_loss, lambda_=LAMBDA)
         values.append(engine.loss_gradient(batch, torch.from_numpy(energies), ordered, loss).loss.item())
-    assert (values[0] - values[1]) / 2e-5 == pytest.approx(torch.dot(slope, direction).item(), rel=1e-6)
+    assert (values[0] - values[1]) / 2e-6 == pytest.approx(torch.dot(slope, direction).item(), rel=1e-6)
 
 
 def test_only_trainable_layers_change(tmp_path):
@@ -218,3 +222,66 @@ def test_atoms_without_neighbours(frames, tmp_path):
     np.testing.assert_allclose(forces.numpy(), ordered, atol=1e-10)
     assert bool(torch.isfinite(engine.gradient).all())
     assert bool((engine.gradient != 0).any())
+
+
+@pytest.fixture
+def torch_operations(monkeypatch):
+    """Engines made meanwhile do without the compiled kernels."""
+    monkeypatch.setattr(module, "kernels", lambda dtype: None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_torch_operations_equal_autograd(ani2xt, dtype, tmp_path, torch_operations):
+    """What serves where there is no compiler; the tests above are about the compiled kernels."""
+    frames = [small_cell(), molecule("CH4")]
+    engine, loss = engine_gradient(ani2xt, frames, dtype, tmp_path)
+    assert isinstance(engine._sweeps, TorchSweeps)
+    network = reference(ani2xt)
+    assert loss == pytest.approx(torchani_gradient(ani2xt, network, frames), rel=TOLERANCE[dtype])
+    assert relative_difference(engine, network) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("scheme", ["all", "hidden", "last"])
+def test_compiled_step_equals_torch(scheme, tmp_path, monkeypatch):
+    """Two AdamW steps, the second on a batch that lacks an element of the first, for every scheme."""
+    if kernels(torch.float64) is None:
+        pytest.skip("no C compiler here: training falls back on torch, which the other tests cover")
+    model, frames = toy_potential(members=3), [small_cell(), molecule("CH3OH"), molecule("CH4")]
+    trainable, weights = trainable_layers(scheme, 4), []
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(module, "kernels", lambda dtype: None)
+        cache = build_cache(model, frames, torch.float64, tmp_path)
+        engine = Engine(model, cache, trainable)
+        assert isinstance(engine._sweeps, CompiledSweeps if compiled else TorchSweeps)
+        moments = [torch.zeros_like(engine.flat) for _ in range(2)]
+        for step, picked in enumerate([(0, 1), (2,)], start=1):
+            energies, forces = labels([frames[i] for i in picked])
+            ordered = torch.cat([torch.from_numpy(f)[cache[i].order] for f, i in zip(forces, picked, strict=True)])
+            update = Update(engine.flat, *moments, engine.gradient, 1e-3, 0.1, step)
+            batch = merge([cache[i] for i in picked])
+            engine.loss_gradient(
+                batch, torch.from_numpy(energies), ordered, partial(batch_loss, lambda_=LAMBDA), update
+            )
+        weights.append(engine.flat)
+    torch.testing.assert_close(*weights, rtol=1e-11, atol=1e-11)
+
+
+def test_number_of_threads_does_not_change_a_bit(tmp_path):
+    before, gradients = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        engine, _ = engine_gradient(toy_potential(members=3), [small_cell(), molecule("CH4")], torch.float32, tmp_path)
+        gradients.append(engine.gradient)
+    torch.set_num_threads(before)
+    assert torch.equal(*gradients)
+
+
+def test_missing_compiler_is_said_and_bad_switch_refused(monkeypatch, caplog):
+    monkeypatch.setenv("CC", "/nonexistent/cc")
+    monkeypatch.setenv("TLMC_CACHE_DIR", "/nonexistent")
+    assert kernels.__wrapped__(torch.float32) is None
+    assert "without the compiled kernels" in caplog.text
+    monkeypatch.setenv("TLMC_KERNELS", "perhaps")
+    with pytest.raises(ConfigError, match="TLMC_KERNELS must be on or off, got 'perhaps'"):
+        kernels.__wrapped__(torch.float32)

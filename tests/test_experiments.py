@@ -8,7 +8,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from tlmc.datasets import load_dataset
 from tlmc.errors import ConfigError, ModelError
 from tlmc.evaluation import read_records
-from tlmc.experiments import crystals_table, run_crystals, run_recipes
+from tlmc.experiments import convergence, crystals_table, run_crystals, run_recipes
 
 
 @pytest.fixture
@@ -71,3 +71,15 @@ def test_a_set_with_an_element_that_nobody_lends_is_refused_before_training(ani2
     with pytest.raises(ModelError, match="Si"):
         run_crystals(ani2xt, ["naphthalene", "27-like"], donors={"I": "Cl"}, epochs=1)
     assert not list(tmp_path.rglob("run.json"))
+
+
+def test_convergence_counts_processor_time(few, ani2xt):
+    settings = {"plain": {}, "ridge": {"warm_start": "ridge", "batch_size": 4}}
+    table = convergence(ani2xt, few, {k: v | {"epochs": 2} for k, v in settings.items()}, 2)
+    assert table.groupby(["setting", "seed"])["epoch"].apply(list).tolist() == [[1, 2]] * 4
+    for _, run in table.groupby(["setting", "seed"]):
+        assert 0 < run["cpu_seconds"].iloc[0] < run["cpu_seconds"].iloc[1] < 300
+    first = table[table["epoch"] == 1].groupby("setting")["validation_force_rmse_vector"].mean()
+    assert first["ridge"] < first["plain"]
+    with pytest.raises(ConfigError, match="lr"):
+        convergence(ani2xt, few, {"wrong": {"lr": -1.0}}, 1)

@@ -573,6 +573,28 @@ class TestValidationCurves:
             plots.validation_curves({})
 
 
+class TestErrorAgainstTime:
+    def table(self):
+        rows = [
+            {"setting": name, "seed": seed, "epoch": epoch, "cpu_seconds": 2.0 * epoch + seed,
+             "validation_force_rmse_vector": 0.3 / epoch, "validation_energy_rmse_per_atom": 0.01 / epoch}
+            for name in ("plain", "ridge") for seed in (0, 1) for epoch in (1, 2, 3)
+        ]  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def test_a_line_per_seed_that_ends_in_a_point(self):
+        ax = plots.error_against_time(self.table(), quantity="energy_rmse_per_atom")
+        assert legend(ax) == ["plain", "ridge"]
+        assert [len(line.get_xdata()) for line in ax.lines] == [3, 1] * 4
+        np.testing.assert_allclose(ax.lines[2].get_xdata(), [3.0, 5.0, 7.0])
+        np.testing.assert_allclose(ax.lines[3].get_ydata(), [10.0 / 3])
+        assert (ax.get_xscale(), ax.get_ylabel()) == ("log", "validation energy RMSE (meV/atom)")
+
+    def test_missing_columns(self):
+        with pytest.raises(DataError, match="error against time needs columns"):
+            plots.error_against_time(self.table().drop(columns="cpu_seconds"))
+
+
 class TestErrorAgainstForce:
     def test_points_are_the_frames(self, pair):
         table = per_frame(*pair)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from tlmc.datasets import load_dataset
 from tlmc.evaluation.comparison import REFITTED, START, Stage, before_and_after, rows_from_stages
@@ -20,7 +22,9 @@ from tlmc.paths import reports_dir
 from tlmc.potentials.model import Potential
 from tlmc.potentials.transfer import THESIS_DONORS, Borrowing, with_elements
 from tlmc.splits import Split, SplitMethod, split_dataset
+from tlmc.training.cache import build_cache
 from tlmc.training.finetune import FinetuneConfig, FinetuneResult, finetune, recipe, run_name
+from tlmc.training.kernels import kernels
 
 _LOG = logging.getLogger(__name__)
 
@@ -229,3 +233,61 @@ def crystals_table(experiments: Mapping[tuple[str, str], Experiment]) -> pd.Data
     table = pd.DataFrame(rows).T
     table.index.names = ["crystal", "borrowing"]
     return table
+
+
+def convergence(
+    model: Potential,
+    dataset: Dataset,
+    settings: Mapping[str, Mapping[str, Any]],
+    n_seeds: int,
+    *,
+    first_seed: int = 0,
+    split: SplitMethod = "random",
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """Train with several settings and tell how the validation error falls with the processor time spent.
+
+    Descriptors are computed, and kernels compiled, beforehand; a warm start counts. Runs of one seed share split and
+    start. Processor time is measured over a whole run, which makes it comparable on a shared machine, and handed to its
+    epochs in proportion to their wall time.
+
+    Parameters
+    ----------
+    model, dataset
+        Start model and all frames.
+    settings
+        Under each name the ``recipe`` (``"short"`` if not given) and what differs from it, e.g.
+        ``{"ridge, batch 8": {"warm_start": "ridge", "batch_size": 8, "lr": 6e-4}}``.
+    n_seeds, first_seed
+        Seeds of split and training.
+    split, progress
+        As in :func:`run_experiment`.
+
+    Returns
+    -------
+    DataFrame
+        A row per epoch: ``setting``, ``seed``, ``epoch``, ``cpu_seconds`` since the start of the run,
+        ``validation_force_rmse_vector`` (eV/A) and ``validation_energy_rmse_per_atom`` (eV/atom).
+    """
+    seeds = range(first_seed, first_seed + n_seeds)
+    configs = {
+        name: [recipe(changes.get("recipe", "short"), seed=seed, **{k: v for k, v in changes.items() if k != "recipe"})
+               for seed in seeds]
+        for name, changes in settings.items()
+    }  # fmt: skip
+    columns = ["epoch", "validation_force_rmse_vector", "validation_energy_rmse_per_atom"]
+    tables = []
+    for name, runs in configs.items():
+        for config in runs:
+            _LOG.info("%s on %s, seed %d", name, dataset.name, config.seed)
+            dtype = getattr(torch, config.precision)
+            build_cache(model, dataset.frames, dtype)
+            kernels(dtype)
+            parts = split_dataset(dataset, method=split, seed=config.seed)
+            wall, cpu = time.perf_counter(), time.process_time()
+            history = finetune(model, dataset, parts, config, progress=progress).history
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            before = wall - history["seconds"].sum()
+            table = history[columns].assign(cpu_seconds=(before + history["seconds"].cumsum()) * cpu / wall)
+            tables.append(table.assign(setting=name, seed=config.seed))
+    return pd.concat(tables, ignore_index=True)

@@ -118,6 +118,28 @@ class _Triples(NamedTuple):
     """``da/dcos``."""
 
 
+class AEVTerms(NamedTuple):
+    """What values and derivatives of the AEVs of one frame share."""
+
+    distances: Tensor
+    """``(n_pairs,)``."""
+    radial_block: Tensor
+    """``centre * n_species + species of the neighbour``."""
+    radial: Tensor
+    """Radial terms, ``(n_pairs, n_radial)``."""
+    radial_slope: Tensor
+    """Their derivatives by the distance."""
+    triples: _Triples
+
+
+def aev_terms(parameters: AEVParameters, n_species: int, species: Tensor, pairs: Neighbours) -> AEVTerms:
+    """Evaluate the terms once, for :func:`aev` and :func:`aev_backward` of the same frame (arguments as there)."""
+    distances = torch.linalg.vector_norm(pairs.vectors, dim=1)
+    radial, slope = _radial_terms(parameters, distances)
+    block = pairs.centre * n_species + species[pairs.neighbour]
+    return AEVTerms(distances, block, radial, slope, _triples(parameters, n_species, species, pairs, distances))
+
+
 def neighbours(frame: Atoms, r_cut: float, dtype: torch.dtype = torch.float64) -> Neighbours:
     """Return all pairs of atoms within a cutoff, periodic images included, for cells of any size.
 
@@ -141,7 +163,9 @@ def neighbours(frame: Atoms, r_cut: float, dtype: torch.dtype = torch.float64) -
     )
 
 
-def aev(parameters: AEVParameters, n_species: int, species: Tensor, pairs: Neighbours) -> Tensor:
+def aev(
+    parameters: AEVParameters, n_species: int, species: Tensor, pairs: Neighbours, terms: AEVTerms | None = None
+) -> Tensor:
     """Return the atomic environment vectors.
 
     Parameters
@@ -154,6 +178,8 @@ def aev(parameters: AEVParameters, n_species: int, species: Tensor, pairs: Neigh
         Channel of every atom, int64, shape ``(n_atoms,)``.
     pairs
         Neighbours within the radial cutoff.
+    terms
+        Of :func:`aev_terms`, where they are there already.
 
     Returns
     -------
@@ -161,18 +187,21 @@ def aev(parameters: AEVParameters, n_species: int, species: Tensor, pairs: Neigh
         Shape ``(n_atoms, parameters.length(n_species))``, dimensionless.
     """
     n_atoms, n_pairs_of_species = len(species), n_species * (n_species + 1) // 2
-    distances = torch.linalg.vector_norm(pairs.vectors, dim=1)
-    value, _ = _radial_terms(parameters, distances)
-    radial = value.new_zeros(n_atoms * n_species, parameters.n_radial)
-    radial.index_add_(0, pairs.centre * n_species + species[pairs.neighbour], value)
-    triples = _triples(parameters, n_species, species, pairs, distances)
-    angular = value.new_zeros(n_atoms * n_pairs_of_species, parameters.n_angular)
-    angular.index_add_(0, triples.block, _outer(triples.radial, triples.angular))
+    t = terms or aev_terms(parameters, n_species, species, pairs)
+    radial = t.radial.new_zeros(n_atoms * n_species, parameters.n_radial)
+    radial.index_add_(0, t.radial_block, t.radial)
+    angular = t.radial.new_zeros(n_atoms * n_pairs_of_species, parameters.n_angular)
+    angular.index_add_(0, t.triples.block, _outer(t.triples.radial, t.triples.angular))
     return torch.cat([radial.view(n_atoms, -1), angular.view(n_atoms, -1)], dim=1)
 
 
 def aev_backward(
-    parameters: AEVParameters, n_species: int, species: Tensor, pairs: Neighbours, cotangent: Tensor
+    parameters: AEVParameters,
+    n_species: int,
+    species: Tensor,
+    pairs: Neighbours,
+    cotangent: Tensor,
+    terms: AEVTerms | None = None,
 ) -> Tensor:
     """Return the derivative of ``sum(cotangent * aev)`` with respect to every pair vector.
 
@@ -181,7 +210,7 @@ def aev_backward(
 
     Parameters
     ----------
-    parameters, n_species, species, pairs
+    parameters, n_species, species, pairs, terms
         As in :func:`aev`.
     cotangent
         Shape ``(n_atoms, parameters.length(n_species))``.
@@ -192,20 +221,18 @@ def aev_backward(
         Shape ``(n_pairs, 3)``.
     """
     n_atoms, n_first_angular = len(species), n_species * parameters.n_radial
-    distances = torch.linalg.vector_norm(pairs.vectors, dim=1)
+    terms = terms or aev_terms(parameters, n_species, species, pairs)
+    distances, t = terms.distances, terms.triples
     directions = pairs.vectors / distances[:, None]
-    _, slope = _radial_terms(parameters, distances)
-    radial_cotangent = cotangent[:, :n_first_angular].reshape(n_atoms * n_species, -1)
-    radial_cotangent = radial_cotangent[pairs.centre * n_species + species[pairs.neighbour]]
-    result: Tensor = (radial_cotangent * slope).sum(1, keepdim=True) * directions
+    radial_cotangent = cotangent[:, :n_first_angular].reshape(n_atoms * n_species, -1)[terms.radial_block]
+    result: Tensor = (radial_cotangent * terms.radial_slope).sum(1, keepdim=True) * directions
 
-    t = _triples(parameters, n_species, species, pairs, distances)
     h = cotangent[:, n_first_angular:].reshape(-1, parameters.n_angular)[t.block]
     h = h.view(len(h), len(parameters.shifts_angular), len(parameters.sections))
-    along_angular = torch.einsum("tsa,ta->ts", h, t.angular)
+    along_angular, along_slope = _contract(h, t.angular), _contract(h, t.angular_slope)
     first = (along_angular * t.radial_first).sum(1, keepdim=True)
     second = (along_angular * t.radial_second).sum(1, keepdim=True)
-    turn = (torch.einsum("tsa,ta->ts", h, t.angular_slope) * t.radial).sum(1, keepdim=True)
+    turn = (along_slope * t.radial).sum(1, keepdim=True)
     u_j, u_k, cosine = directions[t.first], directions[t.second], t.cosine[:, None]
     result.index_add_(0, t.first, first * u_j + turn * (u_k - cosine * u_j) / distances[t.first, None])
     result.index_add_(0, t.second, second * u_k + turn * (u_j - cosine * u_k) / distances[t.second, None])
@@ -275,6 +302,14 @@ def _outer(left: Tensor, right: Tensor) -> Tensor:
     return (left[:, :, None] * right[:, None, :]).flatten(1)
 
 
+def _contract(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Return ``matrices @ vectors`` for many tiny ones, (n, s, a) by (n, a), a column at a time: faster than a bmm."""
+    result = matrices[:, :, 0] * vectors[:, 0, None]
+    for a in range(1, vectors.shape[1]):
+        result.addcmul_(matrices[:, :, a], vectors[:, a, None])
+    return result
+
+
 def _pair_index(a: Tensor, b: Tensor, n_species: int) -> Tensor:
     """Return the place of an ordered pair ``a <= b`` in the row-wise upper triangle."""
     index: Tensor = a * n_species - a * (a - 1) // 2 + b - a
@@ -327,10 +362,14 @@ def _triples(
     gaussian = torch.exp(-parameters.eta_angular * offset**2)
     gaussian_slope = -parameters.eta_angular * offset * gaussian * f_j * f_k  # the half of (d_j + d_k)/2 is in it
 
-    angle = torch.acos(0.95 * cosine)[:, None] - d_near.new_tensor(parameters.sections)
-    base = 0.5 + 0.5 * torch.cos(angle)
+    # theta = acos(0.95 cosine) by its cosine and sine, so that cos(theta - t) needs no trigonometry per triple
+    cos_theta = (0.95 * cosine)[:, None]
+    sin_theta = torch.sqrt(1.0 - cos_theta**2)
+    sections = d_near.new_tensor(parameters.sections)
+    base = 0.5 + 0.5 * (cos_theta * torch.cos(sections) + sin_theta * torch.sin(sections)).clamp_(min=-1.0)
     power = base ** (parameters.zeta - 1.0)
-    bend = -0.95 / torch.sqrt(1.0 - (0.95 * cosine) ** 2)
+    sin_angle = sin_theta * torch.cos(sections) - cos_theta * torch.sin(sections)
+    bend = -0.95 / sin_theta
     return _Triples(
         first=near[first],
         second=near[second],
@@ -340,5 +379,5 @@ def _triples(
         radial_first=gaussian_slope + gaussian * cutoff_slope[first, None] * f_k,
         radial_second=gaussian_slope + gaussian * f_j * cutoff_slope[second, None],
         angular=2.0 * power * base,
-        angular_slope=-parameters.zeta * power * torch.sin(angle) * bend[:, None],
+        angular_slope=-parameters.zeta * power * sin_angle * bend,
     )

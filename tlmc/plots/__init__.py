@@ -28,7 +28,7 @@ from tlmc.plots.kernels import (
     two_classes,
     uncertainty_band,
 )
-from tlmc.plots.learning import learning_curve, learning_curves, validation_curves
+from tlmc.plots.learning import error_against_time, learning_curve, learning_curves, validation_curves
 from tlmc.plots.models import energy_volume, environment_vector
 from tlmc.plots.networks import (
     activations,
@@ -76,6 +76,7 @@ __all__ = [
     "environment_vector",
     "error_against_force",
     "error_against_size",
+    "error_against_time",
     "error_by_element",
     "error_over_size",
     "fit_histories",

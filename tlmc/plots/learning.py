@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from tlmc.errors import DataError
 from tlmc.plots.style import (
@@ -157,5 +157,53 @@ def validation_curves(
         log_axis(ax, *(float(extreme(np.concatenate(drawn))) for extreme in (np.min, np.max)))
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     ax.set(xlabel="epoch, validation part", ylabel=_CURVES[quantity])
+    ax.legend()
+    return finish(ax)
+
+
+@styled
+def error_against_time(
+    table: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    quantity: Literal["force_rmse_vector", "energy_rmse_per_atom"] = "force_rmse_vector",
+) -> Axes:
+    """Draw how the validation error falls with processor time, on log axes, a line per seed, a colour per setting.
+
+    Parameters
+    ----------
+    table
+        As :func:`tlmc.experiments.convergence` returns it.
+    ax
+        Where to draw.
+    quantity
+        Energies are drawn in meV/atom.
+
+    Raises
+    ------
+    DataError
+        If the table is empty or lacks columns.
+    """
+    column = f"validation_{quantity}"
+    require_columns(table, "error against time needs", ["setting", "seed", "cpu_seconds", column])
+    factor = 1000.0 if quantity == "energy_rmse_per_atom" else 1.0
+    ax = axes_or_new(ax)
+    names = list(dict.fromkeys(table["setting"]))
+    for colour, name in zip(colours(len(names)), names, strict=True):
+        for i, (_, run) in enumerate(table[table["setting"] == name].groupby("seed")):
+            values = factor * run[column]
+            label = name if i == 0 else None
+            ax.plot(run["cpu_seconds"], values, color=colour, alpha=0.5, lw=0.8)
+            # the end of a run is its result: a schedule that ends at rate zero has nothing more to come
+            ax.plot(run["cpu_seconds"].iloc[-1:], values.iloc[-1:], "o", color=colour, markersize=3.5, label=label)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    values = factor * table[column].to_numpy(dtype=np.float64)
+    values = values[np.isfinite(values) & (values > 0)]
+    if values.size:
+        log_axis(ax, float(values.min()), float(values.max()))
+    ax.set(xlabel="processor time (s)", ylabel=f"validation {_CURVES[quantity]}")
     ax.legend()
     return finish(ax)

@@ -12,9 +12,9 @@ from ase.calculators.calculator import Calculator, all_changes
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tlmc.descriptors.aev import Neighbours, aev, aev_backward, neighbours
+from tlmc.descriptors.aev import Neighbours, aev, aev_backward, aev_terms, neighbours
 from tlmc.errors import DataError, ModelError
-from tlmc.potentials.model import Potential
+from tlmc.potentials.model import Layer, Potential
 from tlmc.potentials.network import backward, forward
 
 OVERLAP = 0.1
@@ -55,7 +55,8 @@ def predict(model: Potential, frames: Sequence[Atoms]) -> Predictions:
     DataError
         If positions or cell are not finite, a periodic direction has no cell vector, or two atoms coincide.
     """
-    results = [_evaluate(model, frame, f"frame {k}") for k, frame in enumerate(frames)]
+    networks: dict[tuple[int, ...], _ActiveNetworks] = {}
+    results = [_evaluate(model, frame, f"frame {k}", None, networks) for k, frame in enumerate(frames)]
     return Predictions(
         np.array([result.energies.sum() for result in results], dtype=np.float64),
         tuple(result.forces for result in results),
@@ -113,7 +114,8 @@ class TlmcCalculator(Calculator):
     Notes
     -----
     ``free_energy`` equals ``energy``. Asking for the stress of a frame that is not periodic in three directions raises
-    ASE's ``PropertyNotImplementedError``.
+    ASE's ``PropertyNotImplementedError``. Neighbours are kept from step to step (:class:`SkinNeighbours`), and so are
+    the networks; assign no other potential to a calculator, make another one.
     """
 
     implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]
@@ -121,6 +123,8 @@ class TlmcCalculator(Calculator):
     def __init__(self, potential: Potential) -> None:
         Calculator.__init__(self)
         self.potential = potential
+        self._find = SkinNeighbours(potential.aev.r_cut_radial)
+        self._networks: dict[tuple[int, ...], _ActiveNetworks] = {}
 
     def calculate(
         self,
@@ -130,7 +134,7 @@ class TlmcCalculator(Calculator):
     ) -> None:
         """Evaluate a frame; all properties come out of one sweep (ASE calls this)."""
         Calculator.calculate(self, atoms, properties, system_changes)
-        result = _evaluate(self.potential, cast(Atoms, self.atoms), "frame")
+        result = _evaluate(self.potential, cast(Atoms, self.atoms), "frame", self._find, self._networks)
         energy = float(result.energies.sum())
         self.results: dict[str, Any] = {
             "energy": energy,
@@ -142,20 +146,93 @@ class TlmcCalculator(Calculator):
             self.results["stress"] = result.stress
 
 
-def _evaluate(model: Potential, frame: Atoms, label: str) -> _Evaluation:
+class SkinNeighbours:
+    """Neighbours of a frame that moves: a list somewhat too long serves until an atom has moved by half its skin.
+
+    It is made when a frame resembles the one before, so that frames with nothing in common do not pay for it.
+
+    Parameters
+    ----------
+    r_cut
+        Cutoff in Angstrom.
+    skin
+        The list holds pairs up to ``r_cut + skin``; a wide skin is rebuilt seldom, but every step looks at more pairs.
+    """
+
+    def __init__(self, r_cut: float, skin: float = 0.5) -> None:
+        self.r_cut, self.skin = r_cut, skin
+        self.builds = 0
+        """How often a list was made."""
+        self._origin = Atoms()
+        self._list: tuple[Neighbours, Tensor] | None = None
+
+    def __call__(self, frame: Atoms, dtype: torch.dtype) -> Neighbours:
+        """Return the pairs within the cutoff, as :func:`tlmc.descriptors.aev.neighbours` does."""
+        if not self._resembles(frame):
+            self._origin, self._list = _geometry(frame), None
+            return neighbours(frame, self.r_cut, dtype)
+        x = torch.from_numpy(frame.positions)
+        if self._list is None:
+            self.builds += 1
+            self._origin, pairs = _geometry(frame), neighbours(frame, self.r_cut + self.skin)
+            # from the neighbour to its image, a constant while the cell is
+            self._list = pairs, pairs.vectors - (x[pairs.neighbour] - x[pairs.centre])
+        (centre, neighbour, _), shifts = self._list
+        vectors = x.index_select(0, neighbour) - x.index_select(0, centre) + shifts
+        near = torch.nonzero(vectors.square().sum(1) < self.r_cut**2).squeeze(1)
+        return Neighbours(centre[near], neighbour[near], vectors.index_select(0, near).to(dtype))
+
+    def _resembles(self, frame: Atoms) -> bool:
+        origin = self._origin
+        return (
+            len(origin) == len(frame)
+            and np.array_equal(origin.pbc, frame.pbc)
+            and np.array_equal(origin.cell.array, frame.cell.array)
+            and float(np.square(origin.positions - frame.positions).sum(1).max(initial=0.0)) < (0.5 * self.skin) ** 2
+        )
+
+
+def _geometry(frame: Atoms) -> Atoms:
+    return Atoms(positions=frame.positions, cell=frame.cell, pbc=frame.pbc)
+
+
+class _ActiveNetworks:
+    """Networks of the elements of one frame, first layers without the columns that are zero in it."""
+
+    def __init__(self, model: Potential, present: Sequence[int]) -> None:
+        columns = model.aev.columns(list(present), len(model.symbols))
+        self.layers = []
+        for s in present:
+            first, *others = model.networks[model.symbols[s]]
+            self.layers.append((Layer(first.weight[:, columns].contiguous(), first.bias), *others))
+
+
+def _evaluate(
+    model: Potential,
+    frame: Atoms,
+    label: str,
+    find: SkinNeighbours | None = None,
+    networks: dict[tuple[int, ...], _ActiveNetworks] | None = None,
+) -> _Evaluation:
     """Return energies of the atoms, forces and stress of one frame."""
-    species, pairs = _environment(model, frame, label)
-    n_species = len(model.symbols)
-    features = aev(model.aev, n_species, species, pairs)
+    channels, pairs = _environment(model, frame, label, find)
+    # elements that are absent give columns of zeros: number those present, as if the model knew no others
+    present, species = torch.unique(channels, return_inverse=True)
+    n_species, key = len(present), tuple(present.tolist())
+    networks = {} if networks is None else networks
+    if key not in networks:
+        networks[key] = _ActiveNetworks(model, key)
+    terms = aev_terms(model.aev, n_species, species, pairs)
+    features = aev(model.aev, n_species, species, pairs, terms)
     output = torch.zeros(len(frame), dtype=torch.float64)
     gradient = torch.zeros_like(features)
     for s, rows in _by_species(species):
-        layers = model.networks[model.symbols[s]]
+        layers = networks[key].layers[s]
         energies, slopes = forward(layers, features[rows])
         output[rows] = energies.to(torch.float64).mean(0)
         gradient[rows] = backward(layers, slopes)
     # dE/dv of every pair; a pair vector is x_j + shift - x_i
-    slope = aev_backward(model.aev, n_species, species, pairs, gradient).to(torch.float64) * model.scale
+    slope = aev_backward(model.aev, n_species, species, pairs, gradient, terms).to(torch.float64) * model.scale
     forces = torch.zeros(len(frame), 3, dtype=torch.float64)
     forces.index_add_(0, pairs.centre, slope)
     forces.index_add_(0, pairs.neighbour, -slope)
@@ -168,7 +245,9 @@ def _evaluate(model: Potential, frame: Atoms, label: str) -> _Evaluation:
     return _Evaluation((model.scale * output + model.offsets(frame)).numpy(), forces.numpy(), stress)
 
 
-def _environment(model: Potential, frame: Atoms, label: str) -> tuple[Tensor, Neighbours]:
+def _environment(
+    model: Potential, frame: Atoms, label: str, find: SkinNeighbours | None = None
+) -> tuple[Tensor, Neighbours]:
     """Return network indices and neighbours of a frame that passed the checks."""
     species = model.species(frame)
     name = f"{label} ({frame.get_chemical_formula()})"
@@ -181,7 +260,7 @@ def _environment(model: Potential, frame: Atoms, label: str) -> tuple[Tensor, Ne
         raise DataError(
             f"{name}: periodic in {frame.pbc.sum()} directions, but the cell {frame.cell.array.tolist()} spans {rank}"
         )
-    pairs = neighbours(frame, model.aev.r_cut_radial, model.dtype)
+    pairs = neighbours(frame, model.aev.r_cut_radial, model.dtype) if find is None else find(frame, model.dtype)
     if len(pairs.vectors):
         distance, k = torch.linalg.vector_norm(pairs.vectors, dim=1).min(0)
         if distance < OVERLAP:

@@ -30,11 +30,11 @@ def forward(layers: Sequence[Layer], features: Tensor) -> tuple[Tensor, tuple[Te
         Network output per member, shape ``(members, n_atoms)``, and the slope of the activation in every hidden layer,
         each ``(members, n_atoms, width)``, which `backward` needs.
     """
-    activation, slopes = features, []
+    activation, slopes = features.expand(len(layers[0].weight), -1, -1), []
     for layer in layers[:-1]:
-        activation = torch.celu(torch.matmul(activation, layer.weight) + layer.bias, CELU_ALPHA)
+        activation = torch.celu_(torch.baddbmm(layer.bias, activation, layer.weight), CELU_ALPHA)
         # exp(z / alpha) below zero is a / alpha + 1; one above
-        slopes.append(activation.clamp(max=0.0) / CELU_ALPHA + 1.0)
+        slopes.append(activation.clamp(max=0.0).div_(CELU_ALPHA).add_(1.0))
     return (torch.matmul(activation, layers[-1].weight) + layers[-1].bias).squeeze(-1), tuple(slopes)
 
 

@@ -3,9 +3,9 @@
 The geometry of a training set never changes, so its descriptors ``G`` and their Jacobian ``J = dG/dx`` are constants of
 the training. One cache holds all frames of a data set; splits and ablations only pick frames from it.
 
-Layout (version 1): a folder named by a hash of everything the numbers depend on, holding ``meta.json`` and raw
+Layout (version 2): a folder named by a hash of everything the numbers depend on, holding ``meta.json`` and raw
 little-endian arrays over all frames one after the other. Atoms of a frame are sorted by species. ``J`` is stored as
-dense blocks of :data:`BLOCK` columns by 3 coordinates (see :class:`tlmc.descriptors.aev.BlockJacobian`); nothing in the
+dense blocks of 3 coordinates by :data:`BLOCK` columns (see :class:`tlmc.descriptors.aev.BlockJacobian`); nothing in the
 layout is particular to AEVs, so columns of another local descriptor can follow them.
 """
 
@@ -13,19 +13,23 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import logging
+import math
+import mmap
 import os
+import resource
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, overload
 
+import numpy as np
 import torch
 from ase import Atoms
-from scipy.sparse import bsr_array
 from torch import Tensor
 
 from tlmc import paths
@@ -35,14 +39,14 @@ from tlmc.files import write_json
 from tlmc.geometry import frame_hash
 from tlmc.potentials.model import Potential
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 DEFAULT_LIMIT_GB = 10.0
 """Size of all descriptor caches together beyond which the oldest are removed; ``TLMC_CACHE_GB`` sets another."""
 _LOG = logging.getLogger(__name__)
 _ARRAYS = {
     "G": None,
     "values": None,
-    "columns_of_blocks": torch.int32,
+    "atoms": torch.int32,
     "starts": torch.int32,
     "species": torch.int32,
     "order": torch.int32,
@@ -58,48 +62,118 @@ class Structure(NamedTuple):
     """Where each sorted atom stands in the frame: ``frame.positions[order]`` is in this structure's order."""
     G: Tensor
     """Active descriptor columns, shape ``(n_atoms, n_columns)``."""
-    jacobian: bsr_array
-    """``dG/dx``, shape ``(n_atoms * n_columns, 3 * n_atoms)``, blocks of ``BLOCK`` by 3."""
-    rows: Tensor
-    """Block row of every block, int64, for the transposed product."""
-    by_atom: Tensor
-    """Blocks sorted by the atom whose coordinates they belong to, int64."""
-    atom_starts: Tensor
-    """Where each atom begins in `by_atom`, int64, shape ``(n_atoms,)``."""
     values: Tensor
-    """The blocks, shape ``(n_blocks, BLOCK, 3)``."""
+    """Blocks of ``dG/dx`` sorted by their rows, shape ``(n_blocks, 3, BLOCK)``."""
+    atoms: Tensor
+    """Atom whose coordinates each block belongs to, int32, shape ``(n_blocks,)``."""
+    starts: Tensor
+    """Where each row of blocks (atom times ``n_columns / BLOCK`` plus column block) begins and, last, ends, int32."""
 
     def forces(self, g: Tensor) -> Tensor:
         """Return ``-J^T g`` for ``g = dE/dG`` of shape ``(n_atoms, n_columns)``: forces, shape ``(n_atoms, 3)``."""
-        blocks = g.view(-1, 1, BLOCK).index_select(0, self.rows)
-        per_block = torch.bmm(blocks, self.values).squeeze(1)
-        # sums over the blocks of each atom; several times faster than index_add
-        return torch.nn.functional.embedding_bag(self.by_atom, per_block, self.atom_starts, mode="sum").neg_()
+        per_block = torch.bmm(self.values, g.reshape(-1, BLOCK)[self._rows()][:, :, None]).squeeze(2)
+        return g.new_zeros(len(g), 3).index_add_(0, self.atoms, per_block).neg_()
 
     def along(self, direction: Tensor) -> Tensor:
         """Return ``J r``, the change of G along a displacement ``r`` of shape ``(n_atoms, 3)``; shape as G."""
-        return torch.from_numpy(self.jacobian @ direction.reshape(-1).numpy()).view(self.G.shape)
+        per_block = torch.bmm(direction[self.atoms][:, None], self.values).squeeze(1)
+        result = direction.new_zeros(len(self.starts) - 1, BLOCK).index_add_(0, self._rows(), per_block)
+        return result.view(self.G.shape)
+
+    def _rows(self) -> Tensor:
+        return torch.repeat_interleave(self.starts.diff())
 
 
-@dataclass(frozen=True)
-class DescriptorCache:
-    """Descriptors of a set of frames on disk."""
+class DescriptorCache(Sequence[Structure]):
+    """Descriptors of a set of frames on disk, mapped into memory: pages are read when touched and dropped at need.
 
-    folder: Path
-    columns: Tensor
-    """Descriptor columns that can differ from zero in this set, ascending, int64."""
-    structures: tuple[Structure, ...]
+    The files are mapped as wholes. Where the process may not address that much (``ulimit -v``), every structure is
+    mapped when asked for and released with its last reference, so that sets of any size pass.
+
+    Attributes
+    ----------
+    folder
+        Where the cache is.
+    columns
+        Descriptor columns that can differ from zero in this set, ascending, int64.
+    present
+        Network indices that occur in the set, ascending.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        meta = json.loads((folder / "meta.json").read_text())
+        self.columns = torch.tensor(meta["columns"])
+        self._dtype: torch.dtype = getattr(torch, meta["dtype"])
+        sizes = [(frame["atoms"], frame["blocks"]) for frame in meta["frames"]]
+        self._atoms, self._blocks = ([0, *itertools.accumulate(column)] for column in zip(*sizes, strict=True))
+        counts = {name: (dtype, count) for name, dtype, count in _counts(meta)}
+        self._whole: dict[str, Tensor] | None = None
+        if sum(dtype.itemsize * count for dtype, count in counts.values()) < 0.5 * _free_address_space():
+            self._whole = {name: self._map(name, 0, count) for name, (_, count) in counts.items()}
+        self._opened: list[Structure | None] = [None] * len(sizes)
+        self.present: list[int] = np.unique(np.fromfile(folder / "species.bin", dtype=np.int32)).tolist()
 
     def __len__(self) -> int:
-        return len(self.structures)
-
-    def __getitem__(self, index: int) -> Structure:
-        return self.structures[index]
+        return len(self._opened)
 
     @property
-    def present(self) -> list[int]:
-        """Network indices that occur in the set, ascending."""
-        return sorted({int(s) for structure in self.structures for s in structure.species.unique()})
+    def structures(self) -> tuple[Structure, ...]:
+        """All structures."""
+        return tuple(self)
+
+    @overload
+    def __getitem__(self, index: int) -> Structure: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Structure, ...]: ...
+    def __getitem__(self, index: int | slice) -> Structure | tuple[Structure, ...]:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        structure = self._opened[index]
+        if structure is None:
+            structure = self._open(range(len(self))[index])
+            if self._whole is not None:
+                self._opened[index] = structure
+        return structure
+
+    def _open(self, index: int) -> Structure:
+        atom, block = self._atoms[index], self._blocks[index]
+        n, n_blocks = self._atoms[index + 1] - atom, self._blocks[index + 1] - block
+        n_columns = len(self.columns)
+        per_atom = n_columns // BLOCK
+        return Structure(
+            species=self._array("species", atom, n),
+            order=self._array("order", atom, n).long(),
+            G=self._array("G", atom * n_columns, n * n_columns).view(n, n_columns),
+            values=self._array("values", block * BLOCK * 3, n_blocks * BLOCK * 3).view(n_blocks, 3, BLOCK),
+            atoms=self._array("atoms", block, n_blocks),
+            # one more than rows in every frame before this one
+            starts=self._array("starts", atom * per_atom + index, n * per_atom + 1),
+        )
+
+    def _array(self, name: str, first: int, count: int) -> Tensor:
+        return self._map(name, first, count) if self._whole is None else self._whole[name][first : first + count]
+
+    def _map(self, name: str, first: int, count: int) -> Tensor:
+        """Map a part of a file privately (copy on write), so that nothing can write back to the cache."""
+        dtype = _ARRAYS[name] or self._dtype
+        if count == 0:
+            return torch.empty(0, dtype=dtype)
+        begin, end = first * dtype.itemsize, (first + count) * dtype.itemsize
+        offset = begin - begin % mmap.ALLOCATIONGRANULARITY
+        with open(self.folder / f"{name}.bin", "rb") as stream:
+            pages = mmap.mmap(stream.fileno(), end - offset, access=mmap.ACCESS_COPY, offset=offset)
+        return torch.frombuffer(pages, dtype=dtype, count=count, offset=begin - offset)
+
+
+def _free_address_space() -> float:
+    """Return how many more bytes this process may address."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    statm = Path("/proc/self/statm")
+    if limit == resource.RLIM_INFINITY:
+        return math.inf
+    used = int(statm.read_text().split()[0]) * mmap.PAGESIZE if statm.exists() else limit // 2
+    return limit - used
 
 
 def build_cache(
@@ -155,7 +229,7 @@ def build_cache(
             shutil.rmtree(partial, ignore_errors=True)
         _evict(folder, keep=target)
     os.utime(target)
-    return _open(target)
+    return DescriptorCache(target)
 
 
 def _evict(folder: Path, keep: Path) -> None:
@@ -165,7 +239,9 @@ def _evict(folder: Path, keep: Path) -> None:
         limit = float(given) * 1e9
     except ValueError as error:
         raise ConfigError(f"TLMC_CACHE_GB must be a number of gigabytes, got {given!r}") from error
-    by_age = sorted((path for path in folder.iterdir() if _is_complete(path)), key=lambda path: path.stat().st_mtime)
+    # whatever was once a cache counts, of older layouts too; a build in progress has a name with a dot
+    caches = (path.parent for path in folder.glob("[!.]*/meta.json"))
+    by_age = sorted(caches, key=lambda path: path.stat().st_mtime)
     sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in by_age}
     for path in by_age:
         if path != keep and sum(sizes.values()) > limit:
@@ -223,8 +299,8 @@ def _write(
             starts = torch.searchsorted(rows, torch.arange(len(frame) * per_atom + 1))
             arrays = {
                 "G": G,
-                "values": J.values,
-                "columns_of_blocks": J.atoms,
+                "values": J.values.transpose(1, 2),
+                "atoms": J.atoms,
                 "starts": starts,
                 "species": channels,
                 "order": order,
@@ -282,46 +358,10 @@ def _counts(meta: dict[str, Any]) -> Iterator[tuple[str, torch.dtype, int]]:
     counts = {
         "G": atoms * n_columns,
         "values": blocks * BLOCK * 3,
-        "columns_of_blocks": blocks,
+        "atoms": blocks,
         "starts": atoms * (n_columns // BLOCK) + len(meta["frames"]),
         "species": atoms,
         "order": atoms,
     }
     for name, dtype in _ARRAYS.items():
         yield name, dtype or getattr(torch, meta["dtype"]), counts[name]
-
-
-def _open(folder: Path) -> DescriptorCache:
-    meta = json.loads((folder / "meta.json").read_text())
-    n_columns = len(meta["columns"])
-    # private (copy-on-write) maps: pages are read when touched and nothing can write back to the cache
-    arrays = {
-        name: torch.from_file(str(folder / f"{name}.bin"), shared=False, size=count, dtype=dtype)
-        for name, dtype, count in _counts(meta)
-    }
-    structures, atom, block, start = [], 0, 0, 0
-    for size in meta["frames"]:
-        n, n_blocks = size["atoms"], size["blocks"]
-        n_rows = n * (n_columns // BLOCK)
-        values = arrays["values"][block * BLOCK * 3 : (block + n_blocks) * BLOCK * 3].view(n_blocks, BLOCK, 3)
-        columns_of_blocks = arrays["columns_of_blocks"][block : block + n_blocks]
-        starts = arrays["starts"][start : start + n_rows + 1]
-        by_atom = torch.argsort(columns_of_blocks, stable=True)
-        structures.append(
-            Structure(
-                species=arrays["species"][atom : atom + n],
-                order=arrays["order"][atom : atom + n].long(),
-                G=arrays["G"][atom * n_columns : (atom + n) * n_columns].view(n, n_columns),
-                jacobian=bsr_array(
-                    (values.numpy(), columns_of_blocks.numpy(), starts.numpy()),
-                    shape=(n * n_columns, 3 * n),
-                    copy=False,
-                ),
-                rows=torch.repeat_interleave(torch.arange(n_rows), starts.diff()),
-                by_atom=by_atom,
-                atom_starts=torch.searchsorted(columns_of_blocks[by_atom], torch.arange(n, dtype=torch.int32)),
-                values=values,
-            )
-        )
-        atom, block, start = atom + n, block + n_blocks, start + n_rows + 1
-    return DescriptorCache(folder, torch.tensor(meta["columns"]), tuple(structures))

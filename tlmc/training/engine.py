@@ -14,8 +14,13 @@ Notation for one element: ``a_0 = G`` (n, K) its active descriptor columns, ``M`
    ``dW_l = a_{l-1}^T y_l + h_{l-1}^T d_l`` (``h_0 = v``), ``db_l = sum y_l``,
    ``dw = (scale/M) sum (c a_L + h_L)``, ``db = (scale/M) sum c``.
 
-For CELU of width ``alpha``: ``s = exp(min(z, 0)/alpha)``, ``a = max(z, 0) + alpha (s - 1)``, ``p = s/alpha`` where
-``z < 0``, so that ``p t q = d t / alpha`` there: the exponential is evaluated once per layer.
+For CELU of width ``alpha``: ``a = max(z, 0) + alpha (exp(min(z, 0)/alpha) - 1)``, so that ``s = min(a, 0)/alpha + 1``;
+``p = s/alpha`` where ``z < 0``, so that ``p t q = d t / alpha`` there: one exponential per unit is all. With G above v,
+a above h and y above d in memory, each ``dW_l`` is a single product.
+
+Flops per atom, with ``w_1`` weights in the first layer and ``w`` in the others: ``10 w_1 + 12 w`` (z, g, t, dW twice;
+for the others the adjoint too). Steps 1, 3 and 4 exist twice: :class:`TorchSweeps` here, on any device, and
+:class:`tlmc.training.kernels.CompiledSweeps`, which fuses all that lies between two matrix products.
 """
 
 from __future__ import annotations
@@ -24,13 +29,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tlmc.potentials.model import Layer, Potential
 from tlmc.potentials.network import CELU_ALPHA
 from tlmc.training.cache import DescriptorCache, Structure
+from tlmc.training.kernels import CompiledSweeps, kernels
 from tlmc.training.loss import LossAndSlopes
+from tlmc.training.optimizer import Update, apply
 
 
 class Batch(NamedTuple):
@@ -39,14 +48,14 @@ class Batch(NamedTuple):
     structures: tuple[Structure, ...]
     sizes: list[int]
     """Atoms per structure."""
-    G: Tensor
-    """Shape ``(n_atoms, n_columns)``, merged order."""
+    X: Tensor
+    """Per element, G of its atoms and below it room for v; shape ``(2 n_atoms, n_columns)``."""
     slices: tuple[tuple[int, slice], ...]
-    """Network index and the merged atoms it serves."""
-    merged: Tensor
-    """Where each merged atom stands when structures follow one another."""
-    separate: Tensor
-    """Inverse of `merged`."""
+    """Network index and the merged atoms it serves; their rows of `X` begin at twice the first one."""
+    separate: NDArray[np.int64]
+    """Merged place of every atom, structures following one another."""
+    v_rows: NDArray[np.int64]
+    """Row of `X` for v of every atom, structures following one another."""
     structure: Tensor
     """Structure of every atom, structures following one another, int64."""
 
@@ -60,35 +69,118 @@ class EnergiesForces(NamedTuple):
     """eV/A, shape ``(n_atoms, 3)``, structures following one another, atoms in cache order."""
 
 
-class _Sweep(NamedTuple):
-    """What the reverse sweep of one element needs from the forward one; lists run over hidden layers."""
-
-    activations: list[Tensor]
-    slopes: list[Tensor]
-    d: list[Tensor]
-
-
 def merge(structures: Sequence[Structure]) -> Batch:
     """Merge structures into one batch."""
-    species = torch.cat([s.species for s in structures])
-    merged = torch.argsort(species, stable=True)
-    present, counts = torch.unique_consecutive(species[merged], return_counts=True)
-    ends = torch.cumsum(counts, 0).tolist()
-    slices = tuple(
-        (k, slice(end - count, end)) for k, end, count in zip(present.tolist(), ends, counts.tolist(), strict=True)
-    )
-    separate = torch.empty_like(merged)
-    separate[merged] = torch.arange(len(merged))
     sizes = [len(s.species) for s in structures]
+    species = np.concatenate([s.species.numpy() for s in structures])
+    order = np.argsort(species, kind="stable")
+    separate = np.empty(len(order), dtype=np.int64)
+    separate[order] = np.arange(len(order))
+    present, first, count = np.unique(species[order], return_index=True, return_counts=True)
+    element = np.searchsorted(present, species)
+    G_rows = separate + first[element]
+    G = torch.cat([s.G for s in structures])
+    X = G.new_empty(2 * len(G), G.shape[1])
+    X[torch.from_numpy(G_rows)] = G
     return Batch(
         structures=tuple(structures),
         sizes=sizes,
-        G=torch.cat([s.G for s in structures])[merged],
-        slices=slices,
-        merged=merged,
+        X=X,
+        slices=tuple(
+            (k, slice(f, f + n)) for k, f, n in zip(present.tolist(), first.tolist(), count.tolist(), strict=True)
+        ),
         separate=separate,
-        structure=torch.repeat_interleave(torch.arange(len(structures)), torch.tensor(sizes)),
+        v_rows=G_rows + count[element],
+        structure=torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)),
     )
+
+
+class TorchSweeps:
+    """Steps 1 to 4 of one engine as torch operations.
+
+    Parameters
+    ----------
+    layers, slots
+        Per element, the layers and where their gradients go, trained or not.
+    trainable
+        For each affine layer, whether it trains.
+    factor
+        Energy per unit of a member's output.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[int, Sequence[Layer]],
+        slots: Mapping[int, Sequence[Layer]],
+        trainable: Sequence[bool],
+        factor: float,
+    ) -> None:
+        self._layers, self._slots, self._trainable, self._factor = layers, slots, trainable, factor
+        self._kept: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return energies ``(members, n_atoms)`` per unit of factor, and g ``(n_atoms, n_columns)``, merged order."""
+        energies, g = [], []
+        for k, atoms in batch.slices:
+            *hidden, (w, b) = self._layers[k]
+            a, activations = batch.X[2 * atoms.start : atoms.start + atoms.stop], []
+            for weight, bias in hidden:
+                a = torch.celu(torch.matmul(a, weight) + bias, CELU_ALPHA)
+                activations.append(a)
+            energies.append((torch.matmul(a, w) + b).squeeze(-1))
+            q, d = (w * self._factor).transpose(1, 2), []
+            for (weight, _), a in zip(reversed(hidden), reversed(activations), strict=True):
+                d.append(q * _slope(a))
+                q = torch.bmm(d[-1], weight.transpose(1, 2))
+            g.append(q.sum(0))
+            self._kept[k] = (activations, d[::-1])
+        return torch.cat(energies, 1), torch.cat(g)
+
+    def forces(self, batch: Batch, g: Tensor) -> Tensor:
+        """Return ``-J^T g``, structures following one another."""
+        parts = torch.split(g[torch.from_numpy(batch.separate)], batch.sizes)
+        return torch.cat([s.forces(part) for s, part in zip(batch.structures, parts, strict=True)])
+
+    def along(self, batch: Batch, r: Tensor) -> None:
+        """Write ``v = -J r`` into the batch."""
+        parts = torch.split(r, batch.sizes)
+        v = torch.cat([s.along(part) for s, part in zip(batch.structures, parts, strict=True)])
+        batch.X[torch.from_numpy(batch.v_rows)] = v.neg_()
+
+    def reverse(self, batch: Batch, c: Tensor, update: Update | None) -> None:
+        """Fill the slots from `c` per merged atom and update the weights; `forward` and `along` came before."""
+        for k, atoms in batch.slices:
+            hidden, slots, n = self._layers[k][:-1], self._slots[k], atoms.stop - atoms.start
+            X = batch.X[2 * atoms.start : 2 * atoms.stop]
+            activations, d = self._kept[k]
+            slopes = [_slope(a) for a in activations]
+            h, tangents, lifted = X[n:], [], []
+            for (weight, _), slope in zip(hidden, slopes, strict=True):
+                tangents.append(torch.matmul(h, weight))
+                h = slope * tangents[-1]
+                lifted.append(h)
+            if self._trainable[-1]:
+                summed = torch.einsum("mni,n->mi", activations[-1], c[atoms]) + h.sum(1)
+                slots[-1].weight.copy_(summed[:, :, None] * self._factor)
+                slots[-1].bias.fill_(c[atoms].sum() * self._factor)
+            upper = h  # replaced before it is used: the top layer has nothing above it
+            for number in range(len(hidden) - 1, self._trainable.index(True) - 1, -1):
+                # p t q = d t / alpha where z < 0, which is where a < 0, and zero elsewhere
+                bend = torch.where(activations[number] < 0, d[number] * tangents[number] / CELU_ALPHA, 0.0)
+                top = number == len(hidden) - 1
+                y = bend + (d[number] * c[atoms, None] if top else slopes[number] * upper)
+                upper = torch.bmm(y, hidden[number].weight.transpose(1, 2)) if number > 0 else y
+                if self._trainable[number]:
+                    both = torch.cat([activations[number - 1], lifted[number - 1]], 1) if number > 0 else X
+                    torch.sum(y, 1, keepdim=True, out=slots[number].bias)
+                    slots[number].weight.copy_(torch.matmul(both.mT, torch.cat([y, d[number]], 1)))
+        if update is not None:
+            apply(update)
+
+
+def _slope(a: Tensor) -> Tensor:
+    """Slope of CELU from its value."""
+    return a.clamp(max=0.0) / CELU_ALPHA + 1.0
 
 
 class Engine:
@@ -113,7 +205,8 @@ class Engine:
         self.trainable = tuple(trainable)
         dtype = cache[0].G.dtype
         self._present = cache.present
-        self._factor = model.scale / model.members
+        self.factor = model.scale / model.members
+        """Energy in eV per unit of a member's output."""
         laid_out = {
             k: [self._lay_out(number, layer, dtype) for number, layer in enumerate(model.networks[model.symbols[k]])]
             for k in self._present
@@ -134,13 +227,22 @@ class Engine:
         """Trainable weights; an optimiser changes them in place."""
         self.gradient = torch.zeros_like(self.flat)
         """Loss gradient of the last :meth:`loss_gradient`, as flat as the weights."""
-        self._layers = self._views(self.flat, laid_out)
+        self.layers = self._views(self.flat, laid_out)
+        """Per element, its layers; those that train are views of `flat`."""
         self._slots = self._views(self.gradient, laid_out)
+        compiled = kernels(dtype)
+        self._sweeps = (
+            TorchSweeps(self.layers, self._slots, self.trainable, self.factor)
+            if compiled is None
+            else CompiledSweeps(compiled, self.layers, self._slots, self.trainable, self.factor)
+        )
 
     def energies_forces(self, batch: Batch) -> EnergiesForces:
         """Return network energies and forces of a batch."""
-        energies, g, _ = self._sweep(batch, keep=False)
-        return EnergiesForces(energies, self._forces(batch, g))
+        atomic, g = self._sweeps.forward(batch)
+        per_atom = (atomic.double().sum(0) * self.factor)[torch.from_numpy(batch.separate)]
+        energies = per_atom.new_zeros(len(batch.structures)).index_add_(0, batch.structure, per_atom)
+        return EnergiesForces(energies, self._sweeps.forces(batch, g))
 
     def loss_gradient(
         self,
@@ -148,8 +250,9 @@ class Engine:
         energies: Tensor,
         forces: Tensor,
         loss: Callable[[Tensor, Tensor, Tensor, Tensor], LossAndSlopes],
+        update: Update | None = None,
     ) -> LossAndSlopes:
-        """Fill :attr:`gradient` with the gradient of the loss of a batch.
+        """Fill :attr:`gradient` with the gradient of the loss of a batch, or take a step with it.
 
         Parameters
         ----------
@@ -160,22 +263,25 @@ class Engine:
         forces
             Labels, eV/A, shape ``(n_atoms, 3)``, ordered as :class:`EnergiesForces` says.
         loss
-            ``loss(energy_error, force_error, n_atoms, structure)``, see :func:`tlmc.training.loss.batch_loss`.
+            ``loss(energy_error, force_error, n_atoms, structure)``, see :func:`tlmc.training.loss.batch_loss`. An
+            exception that it raises leaves the weights as they are.
+        update
+            A step of AdamW on :attr:`flat`, whose `slope` is :attr:`gradient`. The gradient need not be there
+            afterwards: the compiled sweeps use every part of it up while it is in the cache.
         """
-        predicted, g, sweeps = self._sweep(batch, keep=True)
-        force_error = self._forces(batch, g).sub_(forces)
+        predicted = self.energies_forces(batch)
+        force_error = predicted.forces.sub_(forces)
         n_atoms = torch.tensor(batch.sizes, dtype=force_error.dtype)
-        result = loss((predicted - energies).to(force_error.dtype), force_error, n_atoms, batch.structure)
-        r = torch.split(result.force_slope, batch.sizes)
-        v = torch.cat([s.along(part) for s, part in zip(batch.structures, r, strict=True)])[batch.merged].neg_()
-        c = result.energy_slope[batch.structure][batch.merged]
+        result = loss((predicted.energies - energies).to(force_error.dtype), force_error, n_atoms, batch.structure)
+        self._sweeps.along(batch, result.force_slope)
+        c = torch.empty_like(result.force_slope[:, 0])
+        c[torch.from_numpy(batch.separate)] = result.energy_slope[batch.structure]
         for k in set(self._present) - {k for k, _ in batch.slices}:
             for slot, on in zip(self._slots[k], self.trainable, strict=True):
                 if on:
                     slot.weight.zero_()
                     slot.bias.zero_()
-        for k, atoms in batch.slices:
-            self._reverse(k, sweeps[k], batch.G[atoms], v[atoms], c[atoms])
+        self._sweeps.reverse(batch, c, update)
         return result
 
     def potential(self, flat: Tensor | None = None, inactive: float = 1.0) -> Potential:
@@ -189,7 +295,7 @@ class Engine:
             Factor for first-layer weights of columns that are zero in the whole set. Their gradient is zero, so weight
             decay is all that happens to them: the product of ``1 - lr * weight_decay`` over the steps.
         """
-        views = self._views(self.flat if flat is None else flat, self._layers)
+        views = self._views(self.flat if flat is None else flat, self.layers)
         networks = dict(self.model.networks)
         for k in self._present:
             symbol = self.model.symbols[k]
@@ -201,10 +307,10 @@ class Engine:
         return replace(self.model, networks=networks)
 
     def _lay_out(self, number: int, layer: Layer, dtype: torch.dtype) -> Layer:
-        """First layer: active columns and all members side by side, ``(K, members * n_out)``; others as they are."""
+        """Bring a layer into the engine's precision, the first one without its inactive columns."""
         weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
         if number == 0:
-            weight, bias = weight[:, self.columns].transpose(0, 1).flatten(1), bias.reshape(-1)
+            weight = weight[:, self.columns]
         return Layer(weight.contiguous(), bias.contiguous())
 
     def _restore(self, number: int, trained: Layer, original: Layer, inactive: float) -> Layer:
@@ -212,8 +318,8 @@ class Engine:
         weight, bias = trained.weight.to(original.weight.dtype), trained.bias.to(original.bias.dtype)
         if number == 0:
             full = original.weight * inactive
-            full[:, self.columns] = weight.view(len(self.columns), *full.shape[::2]).transpose(0, 1)
-            return Layer(full, bias.reshape(original.bias.shape).clone())
+            full[:, self.columns] = weight
+            return Layer(full, bias.clone())
         return Layer(weight.clone(), bias.clone())
 
     def _views(self, flat: Tensor, like: Mapping[int, Sequence[Layer]]) -> dict[int, list[Layer]]:
@@ -232,78 +338,3 @@ class Engine:
                     offset += part.numel()
                 views[k].append(Layer(*parts))
         return views
-
-    def _sweep(self, batch: Batch, keep: bool) -> tuple[Tensor, Tensor, dict[int, _Sweep]]:
-        """Step 1 for all elements: energies per structure, g in merged order, and what the reverse sweep needs."""
-        g = torch.empty_like(batch.G)
-        atomic = batch.G.new_empty(len(batch.G), dtype=torch.float64)
-        sweeps = {}
-        for k, atoms in batch.slices:
-            *hidden, (w, b) = self._layers[k]
-            members, n = w.shape[0], atoms.stop - atoms.start
-            first = torch.addmm(hidden[0].bias, batch.G[atoms], hidden[0].weight)
-            z = first.view(n, members, -1).transpose(0, 1)
-            activations: list[Tensor] = []
-            slopes: list[Tensor] = []
-            d: list[Tensor] = []
-            for number in range(len(hidden)):
-                if number > 0:
-                    z = torch.baddbmm(hidden[number].bias, activations[-1], hidden[number].weight)
-                slope = z.clamp(max=0.0).div_(CELU_ALPHA).exp_()
-                slopes.append(slope)
-                activations.append(z.clamp_(min=0.0).add_(slope, alpha=CELU_ALPHA).sub_(CELU_ALPHA))
-            atomic[atoms] = torch.baddbmm(b, activations[-1], w).sum(0).squeeze(-1).double() * self._factor
-            q = (w * self._factor).transpose(1, 2).expand(-1, n, -1)
-            for number in range(len(hidden) - 1, -1, -1):
-                d.append(slopes[number] * q)
-                if number > 0:
-                    q = torch.bmm(d[-1], hidden[number].weight.transpose(1, 2))
-            torch.mm(d[-1].transpose(0, 1).reshape(n, -1), hidden[0].weight.t(), out=g[atoms])
-            if keep:
-                sweeps[k] = _Sweep(activations, slopes, d[::-1])
-        separate = atomic[batch.separate]
-        energies = separate.new_zeros(len(batch.structures)).index_add_(0, batch.structure, separate)
-        return energies, g, sweeps
-
-    def _forces(self, batch: Batch, g: Tensor) -> Tensor:
-        """``F = -J^T g``, structures following one another."""
-        parts = torch.split(g[batch.separate], batch.sizes)
-        return torch.cat([s.forces(part) for s, part in zip(batch.structures, parts, strict=True)])
-
-    def _reverse(self, k: int, sweep: _Sweep, G: Tensor, v: Tensor, c: Tensor) -> None:
-        """Steps 3 and 4 for one element: tangent up, reverse sweep down to the lowest layer that trains."""
-        *hidden, (w, _) = self._layers[k]
-        slots, n, members = self._slots[k], len(G), w.shape[0]
-        tangents: list[Tensor] = []
-        lifted: list[Tensor] = []
-        t = torch.mm(v, hidden[0].weight).view(n, members, -1).transpose(0, 1)
-        for number, slope in enumerate(sweep.slopes):
-            if number > 0:
-                t = torch.bmm(lifted[-1], hidden[number].weight)
-            tangents.append(t)
-            lifted.append(slope * t)
-        if self.trainable[-1]:
-            summed = torch.einsum("mni,n->mi", sweep.activations[-1], c).add_(lifted[-1].sum(1))
-            torch.mul(summed[:, :, None], self._factor, out=slots[-1].weight)
-            slots[-1].bias.fill_(c.sum() * self._factor)
-        lowest = self.trainable.index(True)
-        upper: Tensor | None = None
-        for number in range(len(hidden) - 1, lowest - 1, -1):
-            # p t q = d t / alpha where z < 0, which is where a < 0, and zero elsewhere
-            slope, d = sweep.slopes[number], sweep.d[number]
-            y = (d * tangents[number]).div_(CELU_ALPHA)
-            y.sub_(torch.ops.aten.threshold_backward(y, sweep.activations[number], 0.0))
-            y.addcmul_(d, c[:, None]) if upper is None else y.addcmul_(slope, upper)
-            if number > lowest:
-                upper = torch.bmm(y, hidden[number].weight.transpose(1, 2))
-            if not self.trainable[number]:
-                continue
-            if number > 0:
-                torch.bmm(sweep.activations[number - 1].transpose(1, 2), y, out=slots[number].weight)
-                slots[number].weight.baddbmm_(lifted[number - 1].transpose(1, 2), d)
-                torch.sum(y, 1, keepdim=True, out=slots[number].bias)
-            else:
-                y, d = (x.transpose(0, 1).reshape(n, -1) for x in (y, d))
-                # both products at once: this gradient is the largest array of the step and is written once
-                torch.mm(torch.cat([G, v]).t(), torch.cat([y, d]), out=slots[0].weight)
-                torch.sum(y, 0, out=slots[0].bias)

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -34,6 +34,8 @@ from tlmc.training.cache import DescriptorCache, build_cache
 from tlmc.training.checkpoint import load_model, load_tensors, save_model, save_tensors
 from tlmc.training.engine import Batch, Engine, merge
 from tlmc.training.loss import LossAndSlopes, LossKind, batch_loss
+from tlmc.training.optimizer import Update, apply
+from tlmc.training.warm_start import ridge_start
 
 _LOG = logging.getLogger(__name__)
 
@@ -49,6 +51,12 @@ class FinetuneConfig(BaseModel):
     """Begin from the start model's weights, or from N(0, 0.1)."""
     layers: Literal["all", "hidden", "last"] = "all"
     """Which layers train; ``hidden`` is the thesis' "frozen input and output"."""
+    warm_start: Literal["none", "ridge"] = "none"
+    """``ridge`` first fits the output layers in closed form (:mod:`tlmc.training.warm_start`). The first steps of AdamW
+    are as long as the rate allows, whatever the gradient: they undo the fit unless `lr` is low (1e-4) and
+    `warmup_epochs` is a few."""
+    ridge: float = Field(1e-2, gt=0.0)
+    """Penalty per squared change of an output weight with ``warm_start="ridge"``, eV^2."""
     epochs: int = Field(100, ge=1)
     batch_size: int = Field(2, ge=1)
     lambda_: float = Field(0.9, ge=0.0, le=1.0)
@@ -75,6 +83,12 @@ class FinetuneConfig(BaseModel):
     seed: int = Field(0, ge=0)
     """Order of the batches, and the weights with ``init="scratch"``."""
     precision: Literal["float32", "float64"] = "float32"
+
+    @model_validator(mode="after")
+    def _check_warm_start(self) -> FinetuneConfig:
+        if self.warm_start == "ridge" and self.layers == "hidden":
+            raise ValueError("warm_start = 'ridge' fits the output layers, which layers = 'hidden' keeps frozen")
+        return self
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -201,14 +215,18 @@ def finetune(
         if (folder / "model.safetensors").exists():
             return _finished(folder, config, run_id)
 
+    threads = threads or (1 if model.members == 1 else torch.get_num_threads())
     begin = scratch(model, config.seed) if config.init == "scratch" else model
     dtype = cast(torch.dtype, getattr(torch, config.precision))
     with _bar(progress, len(dataset), "descriptors") as bar:
         cache = build_cache(begin, dataset.frames, dtype, report=bar.update)
     n_layers = len(next(iter(begin.networks.values())))
     trainer = _Trainer(begin, dataset, split, config, cache, trainable_layers(config.layers, n_layers))
-    state, resumed_from = trainer.start(), 0
-    if folder is not None and (folder / "state.safetensors").exists():
+    resumed_from = 0
+    if folder is None or not (folder / "state.safetensors").exists():
+        with _threads(threads):
+            state = trainer.start()
+    else:
         state = _load_state(folder / "state.safetensors", run_id)
         resumed_from = state.epoch
         _LOG.info("resuming %s at epoch %d of %d", folder, state.epoch, config.epochs)
@@ -216,7 +234,7 @@ def finetune(
 
     saved = time.monotonic()
     with (
-        _threads(threads or (1 if model.members == 1 else torch.get_num_threads())),
+        _threads(threads),
         _bar(progress, config.epochs, config.recipe) as bar,
         _events(folder if tensorboard else None) as write_event,
     ):
@@ -267,7 +285,7 @@ class _Trainer:
         self.engine = Engine(model, cache, trainable)
         self.forces = [
             torch.from_numpy(forces)[structure.order].to(self.engine.flat.dtype)
-            for forces, structure in zip(dataset.forces, cache.structures, strict=True)
+            for forces, structure in zip(dataset.forces, cache, strict=True)
         ]
         train_frames = [dataset.frames[i] for i in split.train]
         predicted = self._network_energies(split.train) + model.with_reference(None).atomic_reference(train_frames)
@@ -275,16 +293,17 @@ class _Trainer:
         self.engine.model = model.with_reference(reference)
         self.energies = torch.from_numpy(dataset.energies) - self.engine.model.atomic_reference(dataset.frames)
         self.loss = partial(batch_loss, lambda_=config.lambda_, kind=config.loss, delta=config.huber_delta)
-        self.optimizer = torch.optim.AdamW(
-            [self.engine.flat], lr=config.lr, weight_decay=config.weight_decay, fused=True
-        )
-        self.engine.flat.grad = self.engine.gradient
         self.steps_per_epoch = math.ceil(len(split.train) / config.batch_size)
         self.trains_first = trainable[0]
 
     def start(self) -> _State:
-        """Return the state before the first step."""
+        """Return the state before the first step, after the warm start if there is one."""
         flat = self.engine.flat
+        if self.config.warm_start == "ridge":
+            ridge_start(
+                self.engine, self.cache, self.split.train, self.energies, self.forces,
+                self.config.lambda_, self.config.ridge,
+            )  # fmt: skip
         tensors = {
             "flat": flat,
             "exp_avg": torch.zeros_like(flat),
@@ -299,14 +318,9 @@ class _Trainer:
         )
 
     def restore(self, state: _State) -> None:
-        """Continue from a state: its tensors become the optimiser's and the engine's own."""
+        """Continue from a state: its weights become the engine's own."""
         self.engine.flat.copy_(state.tensors["flat"])
         state.tensors["flat"] = self.engine.flat
-        self.optimizer.state[self.engine.flat] = {
-            "step": torch.tensor(float(state.step)),
-            "exp_avg": state.tensors["exp_avg"],
-            "exp_avg_sq": state.tensors["exp_avg_sq"],
-        }
 
     def epoch(self, state: _State) -> dict[str, float]:
         """Train one epoch, validate, and bring the state up to date; return the new row of the learning curve."""
@@ -316,18 +330,19 @@ class _Trainer:
         train = _Errors()
         for first in range(0, len(order), config.batch_size):
             rate = self._rate(state)
-            self.optimizer.param_groups[0]["lr"] = rate
             batch, energies, forces = self._batch(order[first : first + config.batch_size])
-            result = self.engine.loss_gradient(batch, energies, forces, train.watch(self.loss))
-            if not math.isfinite(result.loss.item()):
-                raise ModelError(
-                    f"the loss became {result.loss.item()} in epoch {state.epoch + 1}, step {state.step + 1}: "
-                    f"lower lr ({config.lr}) or set clip_norm"
-                )
-            if config.clip_norm is not None:
+            update = Update(
+                self.engine.flat, state.tensors["exp_avg"], state.tensors["exp_avg_sq"], self.engine.gradient,
+                rate, config.weight_decay, state.step + 1,
+            )  # fmt: skip
+            watch = partial(self._finite, train.watch(self.loss), state)
+            if config.clip_norm is None:
+                self.engine.loss_gradient(batch, energies, forces, watch, update)
+            else:
+                self.engine.loss_gradient(batch, energies, forces, watch)
                 norm = torch.linalg.vector_norm(self.engine.gradient)
                 self.engine.gradient.mul_((config.clip_norm / norm).clamp(max=1.0))
-            self.optimizer.step()
+                apply(update)
             state.step += 1
             if self.trains_first:
                 state.inactive["flat"] *= 1.0 - rate * config.weight_decay
@@ -348,6 +363,16 @@ class _Trainer:
         state.epoch += 1
         state.history.append(row)
         return row
+
+    def _finite(self, loss: partial[LossAndSlopes], state: _State, *errors: Tensor) -> LossAndSlopes:
+        """Return the loss, or stop before a useless gradient spoils the weights."""
+        result = loss(*errors)
+        if not math.isfinite(result.loss.item()):
+            raise ModelError(
+                f"the loss became {result.loss.item()} in epoch {state.epoch + 1}, step {state.step + 1}: "
+                f"lower lr ({self.config.lr}) or set clip_norm"
+            )
+        return result
 
     def potential(self, state: _State, which: str) -> Potential:
         """Return the model with the current, averaged or best weights."""
@@ -482,7 +507,8 @@ def _describe(model: Potential, dataset: Dataset, split: Split, config: Finetune
         },
         "data": {"name": dataset.name, "hash": dataset.hash, "frames": len(dataset)},
         "split": {"hash": digest.hexdigest(), "train": len(split.train), "validation": len(split.validation)},
-        "config": config.model_dump(),
+        # settings that came later stay out where they change nothing, so that runs made before go on
+        "config": config.model_dump(exclude={"warm_start", "ridge"} if config.warm_start == "none" else None),
     }
 
 

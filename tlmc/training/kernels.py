@@ -1,0 +1,266 @@
+"""The compiled sweeps (``kernels.c``): built with the machine's C compiler in about a second, once per machine.
+
+The same mathematics is written with torch operations in :mod:`tlmc.training.engine`, which serves other devices and
+machines without a compiler, and which the tests compare with. ``TLMC_KERNELS=off`` asks for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from ctypes import POINTER, c_double, c_int, c_long, c_void_p
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tlmc import paths
+from tlmc.errors import ConfigError
+from tlmc.files import atomic_path
+from tlmc.potentials.model import Layer
+from tlmc.potentials.network import CELU_ALPHA
+from tlmc.training.optimizer import BETA1, BETA2, EPS, Update
+
+if TYPE_CHECKING:
+    from tlmc.training.engine import Batch
+
+MAX_LAYERS = 8
+"""Affine layers per network that the compiled sweeps have room for."""
+_SOURCE = Path(__file__).with_name("kernels.c")
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+_LOG = logging.getLogger(__name__)
+
+
+class Net(ctypes.Structure):
+    """``Net`` of kernels.c: the networks of one element and what their sweeps keep."""
+
+    _fields_ = [
+        ("n_atoms", c_long),
+        ("first", c_long),
+        *((name, c_void_p * MAX_LAYERS) for name in ("weight", "bias", "weight_slope", "bias_slope", "A", "D")),
+        ("width", c_long * MAX_LAYERS),
+    ]
+
+
+class Sparse(ctypes.Structure):
+    """``Sparse`` of kernels.c: the Jacobian of one structure of a batch."""
+
+    _fields_ = [
+        ("n_atoms", c_long),
+        ("first", c_long),
+        ("values", c_void_p),
+        ("atoms", c_void_p),
+        ("starts", c_void_p),
+    ]
+
+
+class AdamW(ctypes.Structure):
+    """``Update`` of kernels.c."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("weight", "exp_avg", "exp_avg_sq")),
+        *((name, c_double) for name in ("rate", "decay", "beta1", "beta2", "correction1", "correction2", "eps")),
+    ]
+
+
+class Kernels:
+    """The compiled functions for one precision; see kernels.c for their arguments."""
+
+    def __init__(self, library: Path, dtype: torch.dtype) -> None:
+        self._real = ctypes.c_double if dtype == torch.float64 else ctypes.c_float
+        self._library = ctypes.CDLL(str(library))
+        real, pointer = self._real, c_void_p
+        nets, structures = [POINTER(Net)] + [c_long] * 4, [POINTER(Sparse), c_long, c_long, pointer]
+        for name, arguments in {
+            "forward": [*nets, c_long, pointer, real, real, pointer, pointer, pointer, c_int],
+            "reverse": [*nets, pointer, pointer, real, real, pointer, c_long, c_long, POINTER(AdamW), c_int],
+            "adamw_without_gradient": [POINTER(AdamW), pointer, c_long, c_int],
+            "jacobian_transposed": [*structures, pointer, pointer, c_int],
+            "jacobian": [*structures, pointer, pointer, c_int],
+        }.items():
+            function = getattr(self._library, name)
+            function.argtypes, function.restype = arguments, None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._library, name)
+
+
+class CompiledSweeps:
+    """The compiled counterpart of :class:`tlmc.training.engine.TorchSweeps`, with the same methods."""
+
+    def __init__(
+        self,
+        compiled: Kernels,
+        layers: Mapping[int, Sequence[Layer]],
+        slots: Mapping[int, Sequence[Layer]],
+        trainable: Sequence[bool],
+        factor: float,
+    ) -> None:
+        self._c, self._factor, self._layers, self._trainable = compiled, factor, layers, tuple(trainable)
+        self._templates = {}
+        for k, parts in layers.items():
+            widths = [part.bias.shape[-1] for part in parts]
+            if len(parts) > MAX_LAYERS:
+                raise ValueError(f"networks of {len(parts)} layers, but the kernels take {MAX_LAYERS} at most")
+            trained = [slot if on else None for slot, on in zip(slots[k], trainable, strict=True)]
+            self._templates[k] = Net(
+                weight=_pointers([part.weight for part in parts]),
+                bias=_pointers([part.bias for part in parts]),
+                weight_slope=_pointers([None if slot is None else slot.weight for slot in trained]),
+                bias_slope=_pointers([None if slot is None else slot.bias for slot in trained]),
+                width=(c_long * MAX_LAYERS)(*widths),
+            )
+        first = next(iter(layers.values()))
+        self._members, self._hidden = len(first[0].weight), len(first) - 1
+        # heaviest first, so that no thread is left with a long task at the end
+        self._per_atom = {k: sum(part.weight[0].numel() for part in parts) for k, parts in layers.items()}
+        self._largest = max(part.weight[0].numel() for parts in layers.values() for part in parts)
+        self._workspace = first[0].weight.new_empty(0)
+        self._kept: Any = None
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return energies ``(members, n_atoms)`` per unit of factor, and g ``(n_atoms, n_columns)``, merged order."""
+        n, K = len(batch.separate), batch.X.shape[1]
+        nets = self._nets(batch)
+        atomic = batch.X.new_empty(self._members, n)
+        per_member = batch.X.new_empty(self._members, n, K) if self._members > 1 else batch.X.new_empty(0)
+        g = batch.X.new_empty(n, K)
+        self._c.forward(
+            nets, len(nets), self._members, self._hidden, K, n, batch.X.data_ptr(), CELU_ALPHA, self._factor,
+            atomic.data_ptr(), per_member.data_ptr() or g.data_ptr(), g.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        self._kept = nets
+        return atomic, g
+
+    def forces(self, batch: Batch, g: Tensor) -> Tensor:
+        """Return ``-J^T g``, structures following one another."""
+        result = g.new_empty(len(g), 3)
+        self._c.jacobian_transposed(*self._products(batch), batch.separate.ctypes.data, g.data_ptr(), result.data_ptr(),
+                                    torch.get_num_threads())  # fmt: skip
+        return result
+
+    def along(self, batch: Batch, r: Tensor) -> None:
+        """Write ``v = -J r`` into the batch."""
+        r = r.contiguous()
+        self._c.jacobian(*self._products(batch), batch.v_rows.ctypes.data, r.data_ptr(), batch.X.data_ptr(),
+                         torch.get_num_threads())  # fmt: skip
+
+    def reverse(self, batch: Batch, c: Tensor, update: Update | None) -> None:
+        """Fill the slots from `c` per merged atom, or update the weights; `forward` and `along` came before."""
+        threads, nets = torch.get_num_threads(), self._kept
+        adamw = None if update is None else _adamw(update)
+        widest = max(max(net.width[: self._hidden]) for net in nets)
+        upper = max(net.n_atoms for net in nets) * widest
+        scratch = c.new_empty(threads, upper + self._largest)
+        self._c.reverse(
+            nets, len(nets), self._members, self._hidden, batch.X.shape[1], batch.X.data_ptr(), c.data_ptr(),
+            CELU_ALPHA, self._factor, scratch.data_ptr(), scratch.shape[1], upper, adamw, threads,
+        )  # fmt: skip
+        if adamw is not None:
+            # elements that the batch lacks: their gradient is zero, their moments and decay are not
+            for k in self._templates.keys() - {k for k, _ in batch.slices}:
+                for layer, on in zip(self._layers[k], self._trainable, strict=True):
+                    for part in layer if on else ():
+                        self._c.adamw_without_gradient(adamw, part.data_ptr(), part.numel(), threads)
+
+    def _nets(self, batch: Batch) -> Any:
+        """Return the elements of a batch, heaviest first, with room for what their sweeps keep."""
+        slices = sorted(batch.slices, key=lambda part: -self._per_atom[part[0]] * (part[1].stop - part[1].start))
+        nets = (Net * len(slices))(*(self._templates[k] for k, _ in slices))
+        sizes = [
+            2 * self._members * (atoms.stop - atoms.start) * net.width[number]
+            for net, (_, atoms) in zip(nets, slices, strict=True)
+            for number in range(self._hidden)
+        ]
+        if len(self._workspace) < 2 * sum(sizes):
+            self._workspace = batch.X.new_empty(2 * sum(sizes))
+        address, itemsize = self._workspace.data_ptr(), self._workspace.element_size()
+        places = iter(sizes)
+        for net, (_, atoms) in zip(nets, slices, strict=True):
+            net.first, net.n_atoms = atoms.start, atoms.stop - atoms.start
+            for number in range(self._hidden):
+                size = next(places) * itemsize
+                net.A[number], net.D[number] = address, address + size
+                address += 2 * size
+        return nets
+
+    def _products(self, batch: Batch) -> tuple[Any, int, int]:
+        """Return the Jacobians of a batch as the kernels want them."""
+        structures, first = (Sparse * len(batch.structures))(), 0
+        for entry, s in zip(structures, batch.structures, strict=True):
+            entry.n_atoms, entry.first = len(s.species), first
+            entry.values, entry.atoms, entry.starts = s.values.data_ptr(), s.atoms.data_ptr(), s.starts.data_ptr()
+            first += len(s.species)
+        return structures, len(structures), batch.X.shape[1]
+
+
+def _adamw(update: Update) -> AdamW:
+    tensors = (update.weight, update.exp_avg, update.exp_avg_sq)
+    return AdamW(
+        *(tensor.data_ptr() for tensor in tensors),
+        update.rate,
+        1.0 - update.rate * update.weight_decay,
+        BETA1,
+        BETA2,
+        1.0 - BETA1**update.step,
+        1.0 - BETA2**update.step,
+        EPS,
+    )
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> Any:
+    """Return the addresses of tensors as ``Net`` wants them; None becomes a null pointer."""
+    return (c_void_p * MAX_LAYERS)(*(None if t is None else t.data_ptr() for t in tensors))
+
+
+@functools.cache
+def kernels(dtype: torch.dtype) -> Kernels | None:
+    """Return the compiled functions, or None, with a warning, where they cannot be had.
+
+    Raises
+    ------
+    ConfigError
+        If ``TLMC_KERNELS`` is neither ``on`` nor ``off``.
+    """
+    wanted = os.environ.get("TLMC_KERNELS", "on")
+    if wanted not in ("on", "off"):
+        raise ConfigError(f"TLMC_KERNELS must be on or off, got {wanted!r}")
+    if wanted == "off":
+        return None
+    try:
+        return Kernels(_compile(dtype), dtype)
+    except (OSError, subprocess.CalledProcessError, AttributeError) as error:
+        detail = getattr(error, "stderr", "") or error
+        _LOG.warning("training goes on without the compiled kernels, up to twice slower: %s", detail)
+        return None
+
+
+def _compile(dtype: torch.dtype) -> Path:
+    """Compile the source for this machine unless that was done before; return the library."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise FileNotFoundError("there is no C compiler: install one (gcc, clang) or set CC")
+    command = [compiler, *_FLAGS, f"-DIS_DOUBLE={int(dtype == torch.float64)}"]
+    key = hashlib.sha256(_SOURCE.read_bytes() + " ".join([*command, _processor()]).encode())
+    library = paths.cache_dir() / "kernels" / f"{key.hexdigest()[:24]}.so"
+    if not library.exists():
+        with atomic_path(library) as temporary:
+            subprocess.run([*command, str(_SOURCE), "-o", str(temporary)], check=True, capture_output=True, text=True)
+    return library
+
+
+def _processor() -> str:
+    """Return what ``-march=native`` depends on: a cache folder may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except FileNotFoundError:
+        return platform.processor() or platform.machine()
+    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
