@@ -188,14 +188,15 @@ def run_crystals(
     jobs = []
     for dataset in map(load_dataset, datasets):
         mapping = {new: donor for new, donor in donors.items() if new in dataset.elements and new not in start.elements}
-        for borrowing in borrowings if mapping else ("",):
-            model = with_elements(start, mapping, borrowing) if borrowing else start
+        ways: Sequence[Borrowing | None] = borrowings if mapping else (None,)
+        for way in ways:
+            model = with_elements(start, mapping, way) if way else start
             for frame in dataset.frames:
                 model.species(frame)
-            name = f"{recipe_name}, {borrowing}" if borrowing else recipe_name
+            name = f"{recipe_name}, {way}" if way else recipe_name
             config = recipe(recipe_name, **({"recipe": name, "seed": seed} | changes))
-            jobs.append(((dataset.name, borrowing), model, dataset, config))
-    experiments = {}
+            jobs.append(((dataset.name, way or ""), model, dataset, config))
+    experiments: dict[tuple[str, str], Experiment] = {}
     for key, model, dataset, config in jobs:
         _LOG.info("%s on %s, seed %d", config.recipe, dataset.name, config.seed)
         experiments[key] = run_experiment(model, dataset, config, study=study, progress=progress)

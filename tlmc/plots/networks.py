@@ -313,7 +313,8 @@ def representation_map(points: ArrayLike, kinds: Sequence[str], ax: Axes | None 
     present = list(dict.fromkeys(kinds))
     for k, (colour, kind) in enumerate(zip(colours(len(present)), present, strict=True)):
         mine = np.array([other == kind for other in kinds])
-        ax.scatter(*positions[mine].T, s=9, color=colour, marker=_MARKERS[k % 8], linewidth=0, alpha=0.7, label=kind)
+        x, y = positions[mine].T
+        ax.scatter(x, y, s=9, color=colour, marker=_MARKERS[k % 8], linewidth=0, alpha=0.7, label=kind)
     ax.set(**({"xlabel": "first principal component", "ylabel": "second principal component"} | names))
     legend_above(ax, ncols=3, columnspacing=0.8, handletextpad=0.2)
     return finish(ax)

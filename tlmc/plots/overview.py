@@ -43,7 +43,9 @@ def sets_overview(datasets: Sequence[Dataset]) -> Figure:
             packing or str(frame.info.get("group", "all"))
             for packing, frame in zip(packings(crystals), crystals.frames, strict=True)
         ]
-        energy_histogram(crystals, row[0], groups=groups).get_legend().remove()
+        energy_histogram(crystals, row[0], groups=groups)
+        # the legend of the landscape serves both
+        row[0].get_legend().remove()
         row[0].xaxis.set_major_locator(MaxNLocator(nbins=3))
         row[0].set_title(dataset.name.split("/")[-1], loc="left", fontweight="bold")
         force_histogram(crystals, row[1], log=True)

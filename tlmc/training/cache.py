@@ -30,6 +30,7 @@ from typing import Any, BinaryIO, NamedTuple, overload
 import numpy as np
 import torch
 from ase import Atoms
+from scipy.sparse import bsr_array
 from torch import Tensor
 
 from tlmc import paths
@@ -68,6 +69,13 @@ class Structure(NamedTuple):
     """Atom whose coordinates each block belongs to, int32, shape ``(n_blocks,)``."""
     starts: Tensor
     """Where each row of blocks (atom times ``n_columns / BLOCK`` plus column block) begins and, last, ends, int32."""
+
+    @property
+    def jacobian(self) -> bsr_array:
+        """``dG/dx`` as a sparse matrix, a copy: ``(n_atoms * n_columns, 3 * n_atoms)`` in blocks of ``BLOCK`` by 3."""
+        blocks = self.values.transpose(1, 2).contiguous().numpy()
+        shape = (self.G.numel(), 3 * len(self.G))
+        return bsr_array((blocks, self.atoms.numpy(), self.starts.numpy()), shape=shape)
 
     def forces(self, g: Tensor) -> Tensor:
         """Return ``-J^T g`` for ``g = dE/dG`` of shape ``(n_atoms, n_columns)``: forces, shape ``(n_atoms, 3)``."""
