@@ -356,7 +356,7 @@ def test_pickles_are_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (tmp_path / name).write_bytes(lzma.compress(pickle.dumps(Bomb())))
     else:
         (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(DataError, match=rf"{name}: may hold Python objects \(pickle\), which run code when read"):
+    with pytest.raises(DataError, match=rf"^[^(]*{name}: may hold Python objects \(pickle\), which run code when read"):
         load_dataset(tmp_path / name)
     assert not (tmp_path / "exploded").exists()
 

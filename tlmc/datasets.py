@@ -205,6 +205,8 @@ def read_frames(path: str | Path) -> list[Atoms]:
                     "origin"
                 )
             frames = ase.io.read(str(plain), index=":", format=filetype(str(plain)), do_not_split_by_at_sign=True)
+    except DataError:
+        raise
     except _READ_ERRORS as error:
         reason = " ".join(str(error).split()) or "no reason given"
         raise DataError(f"{path}: ASE cannot read it ({type(error).__name__}: {reason})") from error
