@@ -285,7 +285,7 @@ class TestLabel:
         ("arguments", "sentence"),
         [
             ([], "name a file of structures, or a recipe with --recipe"),
-            (["--recipe", "none"], "unknown recipe 'none'; known are naphthalene"),
+            (["--recipe", "none"], "unknown recipe 'none'; known are 27-like"),
             (["methanol.extxyz", "--method", "magic"], "unknown method 'magic'"),
             (["absent.extxyz"], "absent.extxyz"),
             (["--recipe", "naphthalene", "--level-of-theory", "x"], "--level-of-theory goes with a --method"),

@@ -277,9 +277,9 @@ def test_number_of_threads_does_not_change_a_bit(tmp_path):
     assert torch.equal(*gradients)
 
 
-def test_missing_compiler_is_said_and_bad_switch_refused(monkeypatch, caplog):
+def test_missing_compiler_is_said_and_bad_switch_refused(monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("CC", "/nonexistent/cc")
-    monkeypatch.setenv("TLMC_CACHE_DIR", "/nonexistent")
+    monkeypatch.setenv("TLMC_CACHE_DIR", str(tmp_path))
     assert kernels.__wrapped__(torch.float32) is None
     assert "without the compiled kernels" in caplog.text
     monkeypatch.setenv("TLMC_KERNELS", "perhaps")
