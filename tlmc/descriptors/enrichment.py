@@ -38,7 +38,7 @@ KINDS: Final[dict[str, type[LocalDescriptor]]] = {
 }
 """Local descriptors by the name that a model file keeps."""
 
-SOAP_DEFAULTS: Final[dict[str, Any]] = {"r_cut": 4.5, "n_max": 4, "l_max": 4, "sigma": 0.5, "cutoff": "cosine"}
+SOAP_DEFAULTS: Final[dict[str, Any]] = {"r_cut": 5.5, "n_max": 4, "l_max": 4, "sigma": 0.5, "cutoff": "cosine"}
 """SOAP with a cosine cutoff: value and slope vanish at ``r_cut``, as a potential needs."""
 
 

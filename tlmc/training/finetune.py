@@ -54,8 +54,8 @@ class RicherColumns(BaseModel):
     compression: Compression = "species"
     n_columns: int = Field(128, ge=1)
     """Principal components with ``compression="pca"``."""
-    scale: float = Field(0.15, gt=0.0)
-    """Standard deviation of the columns: the larger, the faster they learn; from 1 on the first steps do harm."""
+    scale: float = Field(0.1, gt=0.0)
+    """Standard deviation of the columns: the larger, the faster they learn; from 0.4 on the first steps do harm."""
 
 
 class FinetuneConfig(BaseModel):
@@ -125,7 +125,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "short": {"epochs": 60, "lambda_": 0.1, "lr": 3e-4, "weight_decay": 0.01, "schedule": "cosine"},
     "scratch": {"init": "scratch"},
     "frozen": {"layers": "hidden"},
-}
+    "rich": {
+        "epochs": 60, "lambda_": 0.1, "lr": 3e-4, "weight_decay": 0.01, "schedule": "cosine", "warmup_epochs": 1,
+        "loss": "huber", "huber_delta": 0.1, "richer": {"kind": "soap"},
+    },
+}  # fmt: skip
 """Named settings, as differences from the thesis protocol."""
 
 
