@@ -15,6 +15,7 @@ from tlmc.ablations import ABLATIONS, E, F, carry_out, formatted, runs, table
 from tlmc.errors import ConfigError, DataError
 from tlmc.evaluation import append_records, read_records
 from tlmc.potentials.transfer import first_members
+from tlmc.runs import Run
 from tlmc.training.finetune import recipe
 
 
@@ -61,6 +62,17 @@ def test_tables_share_the_baseline_of_their_recipe(crystal):
     assert lambdas["thesis, lambda 0"] == 0.0
     assert lambdas["thesis"] == 0.9
     assert lambdas["thesis, batch 16"] == 0.9
+
+
+def test_a_plan_becomes_the_description_of_a_sweep(crystal):
+    """Taken apart and put together again, the description gives the same runs."""
+    planned = runs(["batch", "size", "replay"], [crystal], "ani2xt", 2, epochs=3)
+    said = ablations.description(planned, "trial")
+    assert said["base"] == {"dataset": crystal, "start_model": "ani2xt"}
+    again = [Run(**said["base"], **entry, seed=seed) for entry in said["runs"] for seed in said["grid"]["seed"]]
+    assert {run.slug for run in again} == {run.slug for run in planned}
+    with pytest.raises(ConfigError, match="23 runs are not 12 settings with 2 seeds each"):
+        ablations.description(planned[:-1], "trial")
 
 
 def test_new_elements_borrow():

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import pandas as pd
+import scipy.stats
 
 from tlmc.datasets import load_dataset
 from tlmc.errors import ConfigError, DataError
@@ -70,6 +71,10 @@ class Ablation:
     settings: tuple[Setting, ...]
     thesis_table: str = ""
     """Number of the table in the thesis."""
+    axis: str = ""
+    """What :attr:`Setting.value` is; empty where the settings are not numbers."""
+    log: bool = True
+    """Whether a figure spaces the values by their ratios."""
 
     def label(self, setting: Setting) -> str:
         """Return the name that the results of a setting are filed under; tables share the runs of their recipe."""
@@ -78,45 +83,57 @@ class Ablation:
         return self.recipe if setting.is_baseline else f"{self.recipe}, {setting.name}"
 
 
-def _thesis(title: str, number: str, *settings: Setting) -> Ablation:
-    return Ablation(title, "thesis", settings, number)
-
-
 ABLATIONS: Final[dict[str, Ablation]] = {
-    "transfer": _thesis(
+    "transfer": Ablation(
         "What pretraining is worth, and freezing",
-        "4.2",
-        Setting("scratch", {"init": "scratch"}, thesis=(0.27907, 2.95)),
-        Setting(START, trained=False, thesis=(0.42062, 259.30)),
-        Setting(REFITTED, trained=False),
-        Setting("all layers", thesis=(0.06730, 1.59)),
-        Setting("frozen input and output", {"layers": "hidden"}, thesis=(0.07823, 1.67)),
+        "thesis",
+        (
+            Setting("scratch", {"init": "scratch"}, thesis=(0.27907, 2.95)),
+            Setting(START, trained=False, thesis=(0.42062, 259.30)),
+            Setting(REFITTED, trained=False),
+            Setting("all layers", thesis=(0.06730, 1.59)),
+            Setting("frozen input and output", {"layers": "hidden"}, thesis=(0.07823, 1.67)),
+        ),
+        thesis_table="4.2",
     ),
-    "batch": _thesis(
+    "batch": Ablation(
         "Batch size",
-        "4.3",
-        Setting("batch 1", {"batch_size": 1}, value=1, thesis=(0.06845, 1.53)),
-        Setting("batch 2", value=2, thesis=(0.06730, 1.59)),
-        Setting("batch 4", {"batch_size": 4}, value=4, thesis=(0.07059, 1.57)),
-        Setting("batch 8", {"batch_size": 8}, value=8, thesis=(0.07197, 1.57)),
-        Setting("batch 16", {"batch_size": 16}, value=16, thesis=(0.07508, 1.60)),
+        "thesis",
+        (
+            Setting("batch 1", {"batch_size": 1}, value=1, thesis=(0.06845, 1.53)),
+            Setting("batch 2", value=2, thesis=(0.06730, 1.59)),
+            Setting("batch 4", {"batch_size": 4}, value=4, thesis=(0.07059, 1.57)),
+            Setting("batch 8", {"batch_size": 8}, value=8, thesis=(0.07197, 1.57)),
+            Setting("batch 16", {"batch_size": 16}, value=16, thesis=(0.07508, 1.60)),
+        ),
+        thesis_table="4.3",
+        axis="batch size",
     ),
-    "size": _thesis(
+    "size": Ablation(
         "Number of training frames",
-        "4.4",
-        Setting("a quarter of the frames", fraction=0.25, value=0.25, thesis=(0.07857, 1.63)),
-        Setting("half of the frames", fraction=0.5, value=0.5, thesis=(0.07548, 1.61)),
-        Setting("three quarters of the frames", fraction=0.75, value=0.75, thesis=(0.07002, 1.60)),
-        Setting("all frames", value=1.0, thesis=(0.06730, 1.59)),
+        "thesis",
+        (
+            Setting("a quarter of the frames", fraction=0.25, value=0.25, thesis=(0.07857, 1.63)),
+            Setting("half of the frames", fraction=0.5, value=0.5, thesis=(0.07548, 1.61)),
+            Setting("three quarters of the frames", fraction=0.75, value=0.75, thesis=(0.07002, 1.60)),
+            Setting("all frames", value=1.0, thesis=(0.06730, 1.59)),
+        ),
+        thesis_table="4.4",
+        axis="part of the training frames",
     ),
-    "lambda": _thesis(
+    "lambda": Ablation(
         "Weight of the forces in the loss",
-        "4.5",
-        Setting("lambda 0", {"lambda_": 0.0}, value=0.0, thesis=(0.90252, 0.92)),
-        Setting("lambda 0.1", {"lambda_": 0.1}, value=0.1, thesis=(0.06967, 1.48)),
-        Setting("lambda 0.5", {"lambda_": 0.5}, value=0.5, thesis=(0.06804, 1.58)),
-        Setting("lambda 0.9", value=0.9, thesis=(0.06730, 1.59)),
-        Setting("lambda 1", {"lambda_": 1.0}, value=1.0, thesis=(0.07065, 267.78)),
+        "thesis",
+        (
+            Setting("lambda 0", {"lambda_": 0.0}, value=0.0, thesis=(0.90252, 0.92)),
+            Setting("lambda 0.1", {"lambda_": 0.1}, value=0.1, thesis=(0.06967, 1.48)),
+            Setting("lambda 0.5", {"lambda_": 0.5}, value=0.5, thesis=(0.06804, 1.58)),
+            Setting("lambda 0.9", value=0.9, thesis=(0.06730, 1.59)),
+            Setting("lambda 1", {"lambda_": 1.0}, value=1.0, thesis=(0.07065, 267.78)),
+        ),
+        thesis_table="4.5",
+        axis="weight of the forces, λ",
+        log=False,
     ),
     "rate": Ablation(
         "Learning rate and schedule",
@@ -173,6 +190,7 @@ ABLATIONS: Final[dict[str, Ablation]] = {
             Setting("4 members", run={"members": 4}, value=4),
             Setting("8 members", value=8),
         ),
+        axis="members of the ensemble",
     ),
     "lora": Ablation(
         "Low-rank updates",
@@ -185,6 +203,7 @@ ABLATIONS: Final[dict[str, Ablation]] = {
             Setting("rank 64", {"rank": 64}, value=64),
             Setting("whole matrices"),
         ),
+        axis="rank of the update",
     ),
     "replay": Ablation(
         "Replay of the start model's predictions",
@@ -272,6 +291,37 @@ def _run(
         "seed": seed,
     }
     return Run.model_validate({**fields, **changes, **setting.run})
+
+
+def description(planned: Sequence[Run], study: str) -> dict[str, Any]:
+    """Return runs as the description of a sweep: what all share, one entry per setting, the seeds as a grid.
+
+    Parameters
+    ----------
+    planned
+        As :func:`runs` returns them.
+    study
+        Name that results are filed under.
+
+    Raises
+    ------
+    ConfigError
+        If the seeds of the settings differ, as they may where training frames are a fraction of parts of unequal size.
+    """
+    dumped = [run.model_dump(exclude_defaults=True) for run in planned]
+    seeds = sorted({run.seed for run in planned})
+    base = {
+        key: value
+        for key, value in dumped[0].items()
+        if key != "seed" and all(other.get(key) == value for other in dumped)
+    }
+    entries: dict[str, dict[str, Any]] = {}
+    for fields in dumped:
+        rest = {key: value for key, value in fields.items() if key not in base and key != "seed"}
+        entries[repr(rest)] = rest
+    if len(entries) * len(seeds) != len(planned):
+        raise ConfigError(f"{len(planned)} runs are not {len(entries)} settings with {len(seeds)} seeds each")
+    return {"study": study, "base": base, "runs": list(entries.values()), "grid": {"seed": seeds}}
 
 
 def carry_out(planned: Iterable[Run], study: str, progress: bool | None = None) -> None:
@@ -388,6 +438,41 @@ def formatted(results: pd.DataFrame) -> pd.DataFrame:
     for column, places in (("thesis F (eV/A)", 4), ("thesis E (meV/atom)", 2)):
         text[column] = [_with_spread(value, np.nan, places) for value in results[column]]
     return text.loc[:, (text != "-").any()]
+
+
+def finding(name: str, results: pd.DataFrame) -> str:
+    """Say in a sentence what a table decides: the setting that the validation part chooses, and its test errors.
+
+    Parameters
+    ----------
+    name, results
+        Of the table, and what :func:`table` returned; one data set.
+
+    Returns
+    -------
+    str
+        Markdown. A ratio counts as different from one if the interval of Student's t at 95 % over the seeds says so.
+    """
+    chosen = results[results["best on validation"]]
+    if chosen.empty:
+        return f"- **{name}**: the validation part of no setting is known."
+    row = chosen.iloc[0]
+    text = f"- **{name}**: the validation part chooses *{row['setting']}*"
+    if row["F / baseline"] == 1.0:
+        return f"{text}, the recipe as it is."
+    if np.isnan(row["F / baseline"]):
+        return f"{text}."
+    parts = [f"{word} {_ratio(row, column)}" for word, column in (("force", "F"), ("energy", "E"))]
+    return f"{text}; test errors relative to the recipe, seed by seed: {', '.join(parts)}."
+
+
+def _ratio(row: pd.Series, quantity: str) -> str:
+    mean, spread = row[f"{quantity} / baseline"], row[f"{quantity} / baseline spread"]
+    text, n = _with_spread(mean, spread, 2), row["n_seeds"]
+    if n < 2:
+        return f"{text} (one seed: no claim)"
+    clear = abs(mean - 1.0) > scipy.stats.t.ppf(0.975, n - 1) * spread / n**0.5
+    return f"{text} ({'clear' if clear else 'not clear'} with {n} seeds)"
 
 
 def _with_spread(mean: float, spread: float, places: int) -> str:

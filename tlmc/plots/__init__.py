@@ -7,6 +7,7 @@ apart.
 
 from __future__ import annotations
 
+from tlmc.plots.ablations import drift_against_error, error_against_value, setting_ratios
 from tlmc.plots.data import (
     density_landscape,
     descriptor_map,
@@ -70,6 +71,7 @@ __all__ = [
     "descent_paths",
     "descriptor_map",
     "drawn_energies",
+    "drift_against_error",
     "effort",
     "energy_histogram",
     "energy_volume",
@@ -77,6 +79,7 @@ __all__ = [
     "error_against_force",
     "error_against_size",
     "error_against_time",
+    "error_against_value",
     "error_by_element",
     "error_over_size",
     "fit_histories",
@@ -98,6 +101,7 @@ __all__ = [
     "residual_histogram",
     "save_figure",
     "sets_overview",
+    "setting_ratios",
     "speed_ratios",
     "split_coverage",
     "spread_and_error",
