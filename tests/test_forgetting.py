@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from ase.build import molecule
 from potential_references import toy_potential
 from test_finetune import labelled, quick, same_weights, student
 
@@ -36,9 +37,11 @@ def test_molecules_are_parted_by_kind_and_always_the_same():
     assert abs(len(replayed) - len(held_out)) <= 4
     again = isolated_molecules(("C", "H", "O"), "replayed")
     assert all(np.array_equal(a.positions, b.positions) for a, b in zip(again, replayed, strict=True))
-    # distances tell molecules apart, whatever the displacements
-    kinds = [{(f.get_chemical_formula(), round(f.get_all_distances().sum())) for f in p} for p in (replayed, held_out)]
-    assert not kinds[0] & kinds[1]
+    names = [{frame.info["molecule"] for frame in part} for part in (replayed, held_out)]
+    assert not names[0] & names[1]
+    assert {"CH4", "H2O", "CH3CH2OH", "C6H6"} <= names[0] | names[1]
+    moved = np.concatenate([f.positions - molecule(f.info["molecule"]).positions for f in replayed + held_out])
+    assert moved.std() == pytest.approx(0.05, rel=0.03)
     assert not any(frame.pbc.any() for frame in replayed)
     with pytest.raises(ConfigError, match="too few"):
         isolated_molecules(("Si", "I"), "replayed")
@@ -54,6 +57,8 @@ def test_replay_adds_its_gradient():
     replay = Replay(engine, [cache[1], cache[2]], 0.7, 5, loss, seed=0)
     kept = [engine.energies_forces(merge([cache[i]])) for i in (1, 2)]
     energies, forces = torch.ones(1, dtype=torch.float64), torch.ones(len(frames[0]), 3, dtype=torch.float64)
+    replay.add_gradient(1)
+    assert engine.gradient.norm() < 1e-9  # nothing has been forgotten yet
     generator = torch.Generator().manual_seed(0)
     engine.flat += 0.05 * torch.randn(engine.flat.shape, generator=generator, dtype=torch.float64)
     labelled_batch, both = merge([cache[0]]), merge([cache[1], cache[2]])
@@ -78,7 +83,7 @@ def test_replay_adds_its_gradient():
 def test_replay_lessens_forgetting_and_resumes(tmp_path, monkeypatch):
     data, start = labelled(), student()
     parts = split_dataset(data, seed=0)
-    frames = isolated_molecules(data.elements, "held out")
+    frames = isolated_molecules(data.elements, "held out")[::4]
     plain, config = finetune(start, data, parts, quick()), quick(replay=1.0)
     whole = finetune(start, data, parts, config)
     without, with_replay = (forgetting(start, r.potential, frames) for r in (plain, whole))
@@ -103,21 +108,9 @@ def test_replay_lessens_forgetting_and_resumes(tmp_path, monkeypatch):
     assert same_weights(resumed.potential, whole.potential)
 
 
-def test_labels_of_replay_are_those_of_the_start_model():
-    """Trained on nothing but staying put, at a rate that any error would show at, the model stays put."""
-    data, start = labelled(), student().to(torch.float64)
-    own = predict(start, data.frames)
-    data = dataclasses.replace(data, energies=own.energies, forces=own.forces)
-    config = quick(replay=3.0, precision="float64", weight_decay=0.0, epochs=2, lr=1e-3)
-    result = finetune(start, data, split_dataset(data, seed=0), config)
-    moved = forgetting(start, result.potential, isolated_molecules(data.elements, "replayed"))
-    # AdamW steps by the rate whatever the size of a gradient, so rounding moves weights by up to 16 steps of 1e-3
-    assert moved["force_rmse_vector"].value < 0.05
-
-
 def test_forgetting_is_zero_for_equal_models_and_blind_to_offsets():
     start = student().to(torch.float64)
-    frames = isolated_molecules(("H", "C", "O"), "held out")
+    frames = isolated_molecules(("H", "C", "O"), "held out")[::4]
     shifted = start.with_reference(ReferenceEnergies({"H": 1.0, "C": -3.0, "O": 0.5}, "per_element"))
     biased = {}
     for k, (symbol, (*hidden, (w, b))) in enumerate(start.networks.items()):

@@ -48,7 +48,7 @@ def isolated_molecules(elements: Sequence[str], part: MoleculePart) -> list[Atom
     Returns
     -------
     list of Atoms
-        Four different displacements of every molecule; the same in every call.
+        Four different displacements of every molecule, its name in G2 under ``info["molecule"]``; always the same.
 
     Raises
     ------
@@ -69,7 +69,7 @@ def isolated_molecules(elements: Sequence[str], part: MoleculePart) -> list[Atom
         for _ in range(_COPIES):
             frame = molecule(name)
             frame.positions += rng.normal(scale=_DISPLACEMENT, size=(len(frame), 3))
-            frames.append(Atoms(frame.symbols, frame.positions))
+            frames.append(Atoms(frame.symbols, frame.positions, info={"molecule": name}))
     return frames
 
 
