@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import ase.io
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from ase.calculators.singlepoint import SinglePointCalculator
 from potential_references import toy_potential
 from test_finetune import labelled
@@ -17,6 +20,8 @@ from tlmc.evaluation import append_records, read_records
 from tlmc.potentials.transfer import first_members
 from tlmc.runs import Run
 from tlmc.training.finetune import recipe
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +182,16 @@ def test_from_a_file_to_a_table_and_only_once(crystal, tmp_path, monkeypatch):
     assert not ablations._is_recorded(planned[0], "another")
     append_records(record("short", 0, study="other", run="b"))
     assert ablations._is_recorded(planned[0], "trial")
+
+
+@pytest.mark.needs_mirror
+def test_the_sweep_of_the_full_profile_is_what_the_notebook_plans():
+    path = ROOT / "notebooks" / "sweeps" / "ablations.yml"
+    profile = yaml.safe_load((ROOT / "notebooks" / "profiles" / "full" / "08_ablations.yml").read_text())
+    names = profile["tables"].split(",")
+    fields = {name: profile[name] for name in ("epochs", "crystals_only")}
+    planned = runs(names, [profile["dataset"]], profile["start_model"], profile["n_seeds"], **fields)
+    said = yaml.safe_load(path.read_text())
+    listed = [Run(**said["base"], **entry, seed=seed) for entry in said["runs"] for seed in said["grid"]["seed"]]
+    assert {run.slug for run in listed} == {run.slug for run in planned}
+    assert said["study"] == "full-ablations"

@@ -50,7 +50,7 @@ def setting_ratios(table: pd.DataFrame, ax: Axes | None = None, *, quantity: Qua
     DataError
         If the table is empty, lacks a column, or its baseline has not run.
     """
-    ratio, (_, thesis, words) = f"{quantity} / baseline", _COLUMNS[quantity]
+    ratio, (_, thesis, _) = f"{quantity} / baseline", _COLUMNS[quantity]
     require_columns(table, "ratios of settings need", ["dataset", "setting", ratio, f"{ratio} spread", thesis])
     known = table[table[ratio].notna()]
     if known.empty:
@@ -78,7 +78,7 @@ def setting_ratios(table: pd.DataFrame, ax: Axes | None = None, *, quantity: Qua
     log_ticks(ax.xaxis, high / low)
     ax.set_yticks(list(place.values()), list(place))
     ax.set_ylim(0.4, len(settings) + 0.6)
-    ax.set_xlabel(f"{words.partition(' (')[0]}, ratio to the recipe")
+    ax.set_xlabel(f"{'force' if quantity == 'F' else 'energy'} RMSE, ratio to the recipe")
     legend_above(ax, 3)
     return finish(ax)
 
