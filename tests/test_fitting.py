@@ -47,14 +47,14 @@ def naphthalene():
 @pytest.fixture(scope="module")
 def urea():
     """A public set of crystals labelled with DFT."""
-    data = load_dataset("molcrys-mace/21_urea").crystals().subset(range(0, 100, 4))
+    data = load_dataset("molcrys-mace/21_urea").crystals().subset(range(0, 170, 3))
     return data, split_dataset(data)
 
 
 @pytest.mark.parametrize("kind", MAKE)
 @pytest.mark.parametrize(
     ("name", "epochs"),
-    [("ethanol", 30), ("naphthalene", 30), pytest.param("urea", 40, marks=pytest.mark.needs_mirror)],
+    [("ethanol", 30), ("naphthalene", 30), pytest.param("urea", 30, marks=pytest.mark.needs_mirror)],
 )
 def test_learns_more_than_the_mean(kind, name, epochs, request):
     data, split = request.getfixturevalue(name)

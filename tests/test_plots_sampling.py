@@ -130,6 +130,7 @@ class TestActiveLearning:
         vertices = ax.collections[1].get_paths()[0].vertices
         assert vertices[:, 1].min() == rows[2]["lower"][1] < rows[2]["mean"][1]
         assert ax.get_xlim() == (1.0, 0.01)
+        assert not plots.labels_needed(pd.concat(rows).assign(n_seeds=2)).collections
 
     def test_missing_columns(self):
         with pytest.raises(DataError, match="labels needed need columns level"):

@@ -320,7 +320,7 @@ def active_learning(
 
 @styled
 def labels_needed(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw how many labels each strategy needs for an error, with the band of its confidence interval.
+    """Draw how many labels each strategy needs for an error, from three seeds on with the band of its interval.
 
     Parameters
     ----------
@@ -335,13 +335,14 @@ def labels_needed(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     DataError
         If the table is empty or lacks a column.
     """
-    require_columns(table, "labels needed need", ["level", "name", "mean", "lower", "upper"])
+    require_columns(table, "labels needed need", ["level", "name", "mean", "lower", "upper", "n_seeds"])
     ax = axes_or_new(ax)
     names = list(dict.fromkeys(table["name"]))
     for colour, name in zip(colours(len(names)), names, strict=True):
         rows = table[table["name"] == name].dropna(subset="mean").sort_values("level")
         ax.plot(rows["level"], rows["mean"], color=colour, label=name)
-        _band(ax, rows["level"], rows["lower"], rows["upper"], colour)
+        if (rows["n_seeds"] > 2).all():
+            _band(ax, rows["level"], rows["lower"], rows["upper"], colour)
     ax.set(xlabel="test error / error with the whole pool", ylabel="labels needed")
     ax.set_xlim(float(table["level"].max()), float(table["level"].min()))
     ax.set_ylim(bottom=0)
