@@ -20,7 +20,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol, get_args
+from typing import Any, Final, Literal, Protocol, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -41,6 +41,8 @@ from tlmc.sampling.committee import CommitteePredictions
 
 FloatArray = NDArray[np.float64]
 Strategy = Literal["committee", "error", "random"]
+Target = float | Mapping[int, float] | pd.Series
+"""A test error to reach: the same in all seeds, or one for each."""
 
 logger = logging.getLogger(__name__)
 
@@ -433,7 +435,7 @@ def final_errors(table: pd.DataFrame, quantity: str = "force_rmse_vector") -> pd
 
 def structures_needed(
     table: pd.DataFrame,
-    target: float | Mapping[int, float] | pd.Series,
+    target: Target,
     quantity: str = "force_rmse_vector",
     confidence: float = 0.95,
 ) -> pd.DataFrame:
@@ -472,7 +474,7 @@ def structures_needed(
 
 def labels_saved(
     table: pd.DataFrame,
-    target: float | Mapping[int, float] | pd.Series,
+    target: Target,
     name: str,
     than: str,
     quantity: str = "force_rmse_vector",
@@ -501,10 +503,10 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, f
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 
 
-def _crossings(runs: pd.DataFrame, target: float | Mapping[int, float] | pd.Series, quantity: str) -> list[float]:
+def _crossings(runs: pd.DataFrame, target: Target, quantity: str) -> list[float]:
     """Return the labels needed in each seed."""
     return [
-        _crossing(run, target if isinstance(target, int | float) else float(target[seed]), quantity)
+        _crossing(run, target if isinstance(target, int | float) else float(target[cast(int, seed)]), quantity)
         for seed, run in runs.groupby("seed")
     ]
 
