@@ -189,7 +189,7 @@ class CaseStudy:
     """Settings that differ from the recipe, ``{"epochs": 5}``."""
     borrowings: tuple[Borrowing, ...] = ("relabel",)
     """Ways to give the start model elements that it lacks; one model for several crystals takes the first."""
-    donors: Mapping[str, str] = THESIS_DONORS
+    donors: Mapping[str, str] = field(default_factory=lambda: THESIS_DONORS)
     seeds: tuple[int, ...] = (0,)
     """Of splits and trainings."""
     n_train: int = 0

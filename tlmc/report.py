@@ -30,8 +30,8 @@ MEDIA_TYPES: Final = {".png": "image/png", ".svg": "image/svg+xml"}
 def write_report(profile: Profile, reports: Path) -> Path:
     """Write the HTML pages of a profile's complete notebooks, and over all of them ``index.html``.
 
-    What its first page says of run times, parameters, data, models and versions goes to ``metrics/study_<profile>.json``
-    too, for other texts to quote.
+    What its first page says of run times, parameters, data, models and versions also goes to
+    ``metrics/study_<profile>.json``, for other texts to quote.
 
     Parameters
     ----------
