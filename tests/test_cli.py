@@ -331,7 +331,8 @@ class TestCaseStudy:
         monkeypatch.setenv("TLMC_REPORTS_DIR", str(tmp_path / "reports"))
         code, text, _ = tlmc("casestudy", folder, "--epochs", 1, "--sizes", "4", "--record", "mine")
         assert code == 0
-        assert "fine-tuned" in text and "0.0924" in text
+        assert "fine-tuned" in text
+        assert "0.0924" in text
         assert (tmp_path / "reports" / "tables" / "mine_sizes.csv").is_file()
         assert (tmp_path / "reports" / "figures" / "mine_parity_33.png").is_file()
 
@@ -355,7 +356,7 @@ class TestCommon:
         for name in ("TLMC_DATA_DIR", "TORCHANI_DATA_DIR", "TLMC_CACHE_DIR", "TLMC_REPORTS_DIR", "TLMC_THREADS"):
             assert name in text
 
-    @pytest.mark.parametrize("command", ["study", "finetune", "evaluate", "fetch", "info", "label"])
+    @pytest.mark.parametrize("command", ["study", "finetune", "casestudy", "evaluate", "fetch", "info", "label"])
     def test_every_command_shows_examples(self, tlmc, command):
         code, text, _ = tlmc(command, "--help")
         assert code == 0
