@@ -7,6 +7,7 @@ apart.
 
 from __future__ import annotations
 
+from tlmc.plots.casestudy import energy_errors, error_against_equilibrium, parity_gallery, ranking, shared_models
 from tlmc.plots.data import (
     density_landscape,
     descriptor_map,
@@ -72,9 +73,11 @@ __all__ = [
     "descriptor_map",
     "drawn_energies",
     "effort",
+    "energy_errors",
     "energy_histogram",
     "energy_volume",
     "environment_vector",
+    "error_against_equilibrium",
     "error_against_force",
     "error_against_size",
     "error_against_time",
@@ -94,12 +97,15 @@ __all__ = [
     "normal_mode",
     "outliers",
     "parity",
+    "parity_gallery",
     "parity_grid",
+    "ranking",
     "reliability_diagram",
     "representation_map",
     "residual_histogram",
     "save_figure",
     "sets_overview",
+    "shared_models",
     "speed_ratios",
     "split_coverage",
     "spread_and_error",
