@@ -5,7 +5,7 @@ Needs the optional packages of ``pip install 'tlmc[peer]'``; nothing else of the
 
 from __future__ import annotations
 
-from tlmc.peer.finetune import TUNED, UNMODIFIED, PeerConfig, PeerExperiment, cost_table, run_peer
+from tlmc.peer.finetune import TUNED, UNMODIFIED, PeerConfig, PeerExperiment, cost_table, peer_config, run_peer
 from tlmc.peer.sevennet import SevenNet, is_installed, load_sevennet, predict, refit_offset
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "cost_table",
     "is_installed",
     "load_sevennet",
+    "peer_config",
     "predict",
     "refit_offset",
     "run_peer",

@@ -8,20 +8,20 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from tlmc.errors import ConfigError, ModelError
+from tlmc.evaluation.comparison import Stage
 from tlmc.evaluation.metrics import as_json, evaluate
 from tlmc.evaluation.records import append_records, rows_from_metrics
-from tlmc.evaluation.comparison import Stage
 from tlmc.files import atomic_path, write_json
 from tlmc.labelled import Dataset
 from tlmc.paths import reports_dir
@@ -61,6 +61,23 @@ class PeerConfig(BaseModel):
     def recipe(self) -> str:
         """Name that results are filed under."""
         return TUNED.format(epochs=self.epochs) if self.epochs else UNMODIFIED
+
+
+def peer_config(**settings: Any) -> PeerConfig:
+    """Return the settings of a run.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is unknown, or a value is of the wrong type or out of range.
+    """
+    try:
+        return PeerConfig(**settings)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{problem['loc'][0]} = {problem['input']!r}: {problem['msg']}" for problem in error.errors()
+        )
+        raise ConfigError(f"peer: {problems}") from error
 
 
 @dataclass(frozen=True)
@@ -182,9 +199,7 @@ def cost_table(experiments: Mapping[str, PeerExperiment]) -> pd.DataFrame:
         By the name of the setting they are to have.
     """
     columns = ["epoch", "cpu_seconds", "validation_force_rmse_vector", "validation_energy_rmse_per_atom"]
-    tables = [
-        run.history[columns].assign(setting=name, seed=run.split.seed) for name, run in experiments.items()
-    ]
+    tables = [run.history[columns].assign(setting=name, seed=run.split.seed) for name, run in experiments.items()]
     return pd.concat(tables, ignore_index=True)
 
 

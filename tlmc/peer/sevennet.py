@@ -86,8 +86,8 @@ def is_installed() -> bool:
 def load_sevennet() -> SevenNet:
     """Build SevenNet-0 with its published weights, float32, on the CPU.
 
-    The checkpoint is a pickle. Its SHA-256 is checked before it is opened, and torch's restricted reader opens it, which
-    makes tensors, plain Python values and numpy arrays and calls nothing else.
+    The checkpoint is a pickle. Its SHA-256 is checked before it is opened, and torch's restricted reader opens it,
+    which makes tensors, plain Python values and numpy arrays and calls nothing else.
 
     Raises
     ------
@@ -125,9 +125,9 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     found = sha256_file(path)
     if found != SHA256:
         raise ModelError(f"{path} does not hold the weights of SevenNet-0: SHA-256 {found}, not {SHA256}")
-    arrays = [
-        # the name that numpy 1 gave it
-        (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+    arrays: list[Any] = [
+        # the function that makes an empty array, under the name that numpy 1 gave it
+        (np.empty(0).__reduce__()[0], "numpy.core.multiarray._reconstruct"),
         np.ndarray,
         np.dtype,
         type(np.dtype(np.float32)),
