@@ -133,8 +133,8 @@ def run_peer(
         If an element is unknown to the peer, its weights are not the published ones, or the loss becomes infinite.
     """
     config = config or PeerConfig()
-    split = split_dataset(dataset, seed=config.seed)
     model = load_sevennet()
+    split = split_dataset(dataset, seed=config.seed)
     description = _describe(model, dataset, split, config)
     run_id = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:12]
     name = f"{dataset.name.replace('/', '-')}-{NAME}-{config.epochs}-{config.seed}-{run_id}"
