@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -169,8 +170,10 @@ def run_peer(
         "n_train": len(split.train),
         "cpu_seconds": state.history[-1]["cpu_seconds"],
         "test": {recipe: as_json(stage.metrics) for recipe, stage in stages.items()},
+        "versions": package_versions() | {name: version(name) for name in ("sevenn", "e3nn")},
+        "git_revision": git_revision(),
     }
-    write_json(folder / "metrics.json", content | {"versions": package_versions(), "git_revision": git_revision()})
+    write_json(folder / "metrics.json", content)
     if study:
         append_records(
             row
