@@ -29,7 +29,13 @@ from tlmc.plots.kernels import (
     two_classes,
     uncertainty_band,
 )
-from tlmc.plots.learning import error_against_time, learning_curve, learning_curves, validation_curves
+from tlmc.plots.learning import (
+    error_against_time,
+    error_against_time_panels,
+    learning_curve,
+    learning_curves,
+    validation_curves,
+)
 from tlmc.plots.models import energy_volume, environment_vector
 from tlmc.plots.networks import (
     activations,
@@ -81,6 +87,7 @@ __all__ = [
     "error_against_force",
     "error_against_size",
     "error_against_time",
+    "error_against_time_panels",
     "error_by_element",
     "error_over_size",
     "fit_histories",
