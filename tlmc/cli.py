@@ -494,6 +494,8 @@ def sweep_collect(folder: Annotated[Path, typer.Argument(help="Folder of the swe
         with atomic_path(target) as temporary:
             comparison_table(state.records).to_csv(temporary, index=False)
         out.print(f"{len(state.finished)} runs finished: {target}", soft_wrap=True)
+    if target.name == "table.csv":
+        (folder / "unfinished.csv").unlink(missing_ok=True)
     for name, sentence in state.failed.items():
         err.print(f"[red]failed: {name}: {escape(sentence)}[/red]", soft_wrap=True)
     for name in state.waiting:

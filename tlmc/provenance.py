@@ -108,8 +108,6 @@ def _without_texts(tree: ast.Module) -> ast.Module:
         body = getattr(node, "body", None)
         if isinstance(body, list):
             node.body = [  # type: ignore[attr-defined]
-                line
-                for line in body
-                if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
+                line for line in body if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
             ]
     return tree

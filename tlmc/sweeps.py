@@ -56,7 +56,7 @@ class Sweep(BaseModel):
     """Name that the results are filed under."""
     base: dict[str, Any] = Field(default_factory=dict)
     """What all runs share, fields of :class:`tlmc.runs.Run`."""
-    runs: list[dict[str, Any]] = Field(default_factory=lambda: [{}], min_length=1)
+    runs: list[dict[str, Any]] = Field([{}], min_length=1)
     """What belongs together, e.g. a data set and its element map."""
     grid: dict[str, list[Any]] = Field(default_factory=dict)
     """Field to its values; all combinations are run. ``settings`` add to those of `base` and `runs`."""

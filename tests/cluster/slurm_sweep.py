@@ -4,8 +4,8 @@
 
 A munged, a slurmctld and a slurmd with a configuration of their own run in a scratch folder, on free ports, until the
 script ends, be it by an error or a signal. Snakemake sends a small sweep there, one run of which must fail. Checked
-are: every run was a job of this Slurm, on this node; the failing one was tried twice and is reported by name, the others
-finished; without it nothing but the table is made, and then nothing at all.
+are: every run was a job of this Slurm, on this node; the failing one was tried twice, the second time with more memory,
+and is reported by name; the others finished; without it nothing but the table is made, and then nothing at all.
 
 Debian's packages slurmctld, slurmd, slurm-client and munge are installed if they are missing, this is root and apt is
 there.
@@ -30,7 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "sinfo", "munged")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "sinfo", "munged")
 START_SECONDS = 60
 SWEEP_SECONDS = 900
 
@@ -64,6 +64,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SchedulerParameters=sched_interval=2,batch_sched_delay=1
 ReturnToService=2
+MinJobAge=86400
 MpiDefault=none
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} State=UNKNOWN
 PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
@@ -79,7 +80,14 @@ def main() -> int:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tlmc-slurm-")))
         environment = os.environ | {"TLMC_REPORTS_DIR": str(scratch / "reports"), "OMP_NUM_THREADS": "1"}
         environment |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-        environment["SLURM_CONF"] = str(stack.enter_context(cluster(scratch)))
+        configuration = stack.enter_context(cluster(scratch))
+        environment["SLURM_CONF"] = str(configuration)
+        # Snakemake hides SLURM_* from the srun of a job, which would then look for /etc/slurm/slurm.conf
+        srun = scratch / "bin" / "srun"
+        srun.parent.mkdir()
+        srun.write_text(f'#!/bin/sh\nSLURM_CONF={configuration} exec {shutil.which("srun")} "$@"\n')
+        srun.chmod(0o755)
+        environment["PATH"] = f"{srun.parent}:{environment['PATH']}"
         say(f"cluster is up after {time.monotonic() - began:.0f} s")
         check_sweep(scratch, environment)
     say(f"all done in {time.monotonic() - began:.0f} s")
@@ -110,6 +118,8 @@ def install() -> None:
 def cluster(scratch: Path) -> Iterator[Path]:
     """Run a Slurm of one node; give its configuration file."""
     host = socket.gethostname().partition(".")[0]
+    # munge wants its clients to be able to reach the socket
+    scratch.chmod(0o711)
     for folder in ("state", "spool"):
         (scratch / folder).mkdir()
     key = scratch / "munge.key"
@@ -129,14 +139,14 @@ def cluster(scratch: Path) -> Iterator[Path]:
     )
     munged = ["munged", "--foreground", f"--socket={scratch}/munge.socket", f"--key-file={key}"]
     munged += [f"--{name}-file={scratch}/munge.{name}" for name in ("pid", "log", "seed")]
+    environment = os.environ | {"SLURM_CONF": str(configuration)}
+    idle = ["sinfo", "--noheader", "--format=%T"]
     with ExitStack() as stack:
-        stack.enter_context(daemon(munged, scratch / "munged.txt"))
-        wait_for(lambda: (scratch / "munge.socket").exists(), "munged")
-        for name in ("slurmctld", "slurmd"):
-            stack.enter_context(daemon([name, "-D", "-f", str(configuration)], scratch / f"{name}.txt"))
-        idle = ["sinfo", "--noheader", "--format=%T"]
-        environment = os.environ | {"SLURM_CONF": str(configuration)}
         try:
+            stack.enter_context(daemon(munged, scratch / "munged.txt"))
+            wait_for(lambda: (scratch / "munge.socket").exists(), "munged")
+            for name in ("slurmctld", "slurmd"):
+                stack.enter_context(daemon([name, "-D", "-f", str(configuration)], scratch / f"{name}.txt"))
             wait_for(lambda: output(idle, environment).strip() == "idle", "the node")
         except TimeoutError:
             for log in sorted(scratch.glob("*.txt")):
@@ -177,7 +187,10 @@ def check_sweep(scratch: Path, environment: dict[str, str]) -> None:
     require(code == 1, f"snakemake ended with {code}, not 1, although a run must fail", text)
     require(len(jobs) == 4, f"{len(jobs)} jobs were submitted, not two good ones and two tries of the bad one", text)
     states = {job: facts_of_job(job, environment) for job in jobs}
-    say("\n".join(f"Slurm job {job}: {facts['JobState']} on {facts['NodeList']}" for job, facts in states.items()))
+    for job, facts in states.items():
+        say(
+            f"Slurm job {job}: {facts['JobState']} on {facts['NodeList']}, {facts['MinMemoryNode']}, {facts['RunTime']}"
+        )
     require(all(facts["NodeList"] == host for facts in states.values()), f"a job ran elsewhere than on {host}", text)
     found = sorted(facts["JobState"] for facts in states.values())
     require(found == ["COMPLETED", "COMPLETED", "FAILED", "FAILED"], f"the jobs ended as {found}", text)
@@ -200,7 +213,7 @@ def snakemake(scratch: Path, environment: dict[str, str]) -> tuple[int, str]:
     """Run the target with the profile of the project; return exit status and everything said."""
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(scratch)]
     command += ["--workflow-profile", str(ROOT / "notebooks" / "sweeps" / "slurm")]
-    # no accounting here: squeue tells how jobs stand, for the five minutes that Slurm remembers them
+    # no accounting here: squeue tells how jobs stand, as long as Slurm remembers them (MinJobAge)
     command += ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "3"]
     command += ["cluster", "--config", f"sweeps={scratch / 'descriptions'}"]
     began = time.monotonic()
@@ -214,7 +227,7 @@ def snakemake(scratch: Path, environment: dict[str, str]) -> tuple[int, str]:
         process.wait(timeout=60)
         raise
     say(f"snakemake ended with {process.returncode} after {time.monotonic() - began:.0f} s")
-    return process.returncode, text
+    return process.returncode, with_logs(text, scratch)
 
 
 def facts_of_job(job: str, environment: dict[str, str]) -> dict[str, str]:
@@ -246,8 +259,15 @@ def require(condition: bool, sentence: str, text: str) -> None:
         sys.exit(f"{text}\n\n{sentence}")
 
 
+def with_logs(text: str, scratch: Path) -> str:
+    """Add what the jobs that failed have said to Slurm."""
+    logs = sorted(scratch.glob(".snakemake/slurm_logs/**/*.log"))
+    return "\n".join([text, *(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in logs)])
+
+
 def say(text: str) -> None:
-    print(text, flush=True)
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
