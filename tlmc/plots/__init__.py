@@ -7,6 +7,7 @@ apart.
 
 from __future__ import annotations
 
+from tlmc.plots.ablations import drift_against_error, error_against_value, setting_ratios
 from tlmc.plots.casestudy import energy_errors, error_against_equilibrium, parity_gallery, ranking, shared_models
 from tlmc.plots.data import (
     density_landscape,
@@ -78,6 +79,7 @@ __all__ = [
     "descent_paths",
     "descriptor_map",
     "drawn_energies",
+    "drift_against_error",
     "effort",
     "energy_errors",
     "energy_histogram",
@@ -88,6 +90,7 @@ __all__ = [
     "error_against_size",
     "error_against_time",
     "error_against_time_panels",
+    "error_against_value",
     "error_by_element",
     "error_over_size",
     "fit_histories",
@@ -113,6 +116,7 @@ __all__ = [
     "save_figure",
     "sets_overview",
     "shared_models",
+    "setting_ratios",
     "speed_ratios",
     "split_coverage",
     "spread_and_error",
