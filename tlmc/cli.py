@@ -300,7 +300,8 @@ def casestudy(
         n_folds=folds,
     )
     text = format_errors(table)
-    shown = Table(*text.index.names, *(Column(name, justify="right") for name in text.columns), title="RMSE, test part")
+    columns = [*map(str, text.index.names), *(Column(name, justify="right") for name in text.columns)]
+    shown = Table(*columns, title="RMSE, test part")
     for key, row in zip(text.index, text.to_numpy(), strict=True):
         shown.add_row(*key, *row)
     out.print(shown)
