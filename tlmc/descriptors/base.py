@@ -59,9 +59,11 @@ class SparseJacobian(NamedTuple):
 
     def dense(self, n_rows: int, n_atoms: int) -> Tensor:
         """Return the full array, shape ``(n_rows, n_features, n_atoms, 3)``."""
-        result = self.values.new_zeros(n_rows, n_atoms, self.values.shape[1], 3)
-        result[self.rows, self.atoms] = self.values
-        return result.transpose(1, 2)
+        entries, shape = self.values, self.values.shape[1:]
+        if len(entries) < n_rows * n_atoms:
+            entries = self.values.new_zeros(n_rows * n_atoms, *shape)
+            entries.index_copy_(0, self.rows * n_atoms + self.atoms, self.values)
+        return entries.view(n_rows, n_atoms, *shape).transpose(1, 2)
 
     def blocks(self) -> BlockJacobian:
         """Return the same numbers in blocks of 16 columns, the last block filled up with zeros (a training cache)."""
