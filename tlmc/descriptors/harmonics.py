@@ -110,7 +110,7 @@ def degrees(padded: Tensor, dim: int, orders: int) -> list[Tensor]:
 
 def _series(table: Tensor, heights: Tensor) -> Tensor:
     l_max = len(table) - 1
-    return (table.to(heights).flatten(0, 1) @ heights).unflatten(-2, (l_max + 1, 2 * l_max + 1))
+    return (table.to(heights).flatten(0, 1) @ heights).view(*heights.shape[:-2], l_max + 1, 2 * l_max + 1, -1)
 
 
 def _azimuths(x: Tensor, y: Tensor, l_max: int) -> Tensor:
@@ -128,12 +128,13 @@ def _azimuths(x: Tensor, y: Tensor, l_max: int) -> Tensor:
 def _table(l_max: int) -> tuple[Tensor, Tensor]:
     """Return Chebyshev coefficients of ``Q_lm`` and of its derivative, ``(l_max + 1, 2 l_max + 1, l_max + 1)``."""
     tables = np.zeros((2, l_max + 1, 2 * l_max + 1, l_max + 1))
+    nodes = chebyshev.chebpts1(l_max + 1)
     for degree in range(l_max + 1):
         for m in range(degree + 1):
             norm = (2 * degree + 1) / (4.0 * math.pi) * math.factorial(degree - m) / math.factorial(degree + m)
             norm = math.sqrt(norm * (2.0 if m else 1.0))
             for which in range(2):
                 series = legendre.legder(np.eye(degree + 1)[degree], m + which)
-                exact = chebyshev.chebinterpolate(lambda z, c=series: legendre.legval(z, c), degree)
+                exact = chebyshev.chebfit(nodes, legendre.legval(nodes, series), degree)
                 tables[which, degree, [l_max - m, l_max + m], : degree + 1] = norm * exact
     return torch.from_numpy(tables[0]), torch.from_numpy(tables[1])

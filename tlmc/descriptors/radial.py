@@ -116,8 +116,7 @@ class GaussianBasis(RadialBasis):
 
     def _combined(self, terms: Tensor) -> Tensor:
         """Return ``l first - c_nl second`` of two terms."""
-        table: Tensor = self._exponent.to(terms) @ terms
-        return table.unflatten(-2, (self.l_max + 1, self.n_max))
+        return (self._exponent.to(terms) @ terms).view(*terms.shape[:-2], self.l_max + 1, self.n_max, -1)
 
     def functions(self, radii: Array) -> Array:
         """Return the orthonormal functions; see :class:`RadialBasis`."""
@@ -186,8 +185,7 @@ class PolynomialBasis(RadialBasis):
 
     @staticmethod
     def _combined(series: Tensor, terms: Tensor) -> Tensor:
-        table: Tensor = series.to(terms).flatten(0, 1) @ terms
-        return table.unflatten(-2, series.shape[:2])
+        return (series.to(terms).flatten(0, 1) @ terms).view(*terms.shape[:-2], *series.shape[:2], -1)
 
     def _chebyshev_series(self) -> Array:
         """Return Chebyshev coefficients of the overlaps on 0 ... reach, ``(l_max + 1, n_max, n_terms)``."""
