@@ -8,7 +8,8 @@ are orthonormal on the sphere. Nothing is singular at the poles. ``Q_lm`` is kep
 of z, whose coefficients do not grow with the degree as those of powers do, so that all harmonics are one matrix product
 and one product with ``A_m`` and ``B_m``.
 
-All degrees stand in one array with ``2 l_max + 1`` places for the orders; those beyond a degree hold zeros.
+All degrees stand in one array with ``2 l_max + 2`` places for the orders: first ``m = 0 ... l_max``, then
+``m = -0, -1 ... -l_max``, where ``-0`` and what is beyond a degree hold zeros. Both halves share the polynomials.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def harmonic_factors(directions: Tensor, l_max: int) -> tuple[Tensor, Tensor]:
     Returns
     -------
     tuple of Tensor
-        Polynomials of the height z, ``(..., l_max + 1, n)``, and ``B_m`` and ``A_m``, ``(..., 2 l_max + 1, n)``.
+        Polynomials of the height z, ``(..., l_max + 1, n)``, and ``A_m`` and ``B_m``, ``(..., 2, l_max + 1, n)``.
     """
     x, y, z = directions
     return chebyshev_polynomials(z, l_max), _azimuths(x, y, l_max)
@@ -54,9 +55,9 @@ def joined_harmonics(heights: Tensor, azimuths: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        Shape ``(..., l_max + 1, 2 l_max + 1, n)``; order m at place ``l_max + m``, no Condon-Shortley phase.
+        Shape ``(..., l_max + 1, 2 l_max + 2, n)``, no Condon-Shortley phase.
     """
-    return _series(_table(heights.shape[-2] - 1)[0], heights) * azimuths[..., None, :, :]
+    return _product(_series(_table(heights.shape[-2] - 1)[0], heights), azimuths)
 
 
 def padded_harmonics_and_gradients(directions: Tensor, l_max: int) -> Tensor:
@@ -74,19 +75,16 @@ def padded_harmonics_and_gradients(directions: Tensor, l_max: int) -> Tensor:
     Returns
     -------
     Tensor
-        Shape ``(..., l_max + 1, 2 l_max + 1, 4, n)``: value and three derivatives.
+        Shape ``(..., l_max + 1, 2 l_max + 2, 4, n)``: value and three derivatives.
     """
     heights, around = harmonic_factors(directions, l_max)
     values, slopes = (_series(table, heights) for table in _table(l_max))
     # dA_m/dx = m A_{m-1} = dB_m/dy and dB_m/dx = m B_{m-1} = -dA_m/dy; B_0 = 0
     order = torch.arange(1, l_max + 1, dtype=heights.dtype)[:, None]
-    zero = torch.zeros_like(around[..., :1, :])
-    even, odd = around[..., l_max:, :], torch.cat([zero, around[..., :l_max, :].flip(-2)], dim=-2)
-    even, odd = order * even[..., :l_max, :], order * odd[..., :l_max, :]
-    around_x = torch.cat([odd.flip(-2), zero, even], dim=-2)
-    around_y = torch.cat([even.flip(-2), zero, -odd], dim=-2)
-    parts = [values * part[..., None, :, :] for part in (around, around_x, around_y)]
-    return torch.stack([*parts, slopes * around[..., None, :, :]], dim=-2)
+    below = torch.cat([torch.zeros_like(around[..., :1, :]), order * around[..., :l_max, :]], dim=-2)
+    around_y = torch.stack([-below[..., 1, :, :], below[..., 0, :, :]], dim=-3)
+    parts = [_product(values, part) for part in (around, below, around_y)]
+    return torch.stack([*parts, _product(slopes, around)], dim=-2)
 
 
 def degrees(padded: Tensor, dim: int, orders: int) -> list[Tensor]:
@@ -105,29 +103,37 @@ def degrees(padded: Tensor, dim: int, orders: int) -> list[Tensor]:
         For each degree the array without the dimension ``dim``, orders ``m = -l ... l``.
     """
     l_max = padded.shape[dim] - 1
-    return [padded.select(dim, k).narrow(orders - 1, l_max - k, 2 * k + 1) for k in range(l_max + 1)]
+    result, along = [], orders - 1
+    for degree in range(l_max + 1):
+        one = padded.select(dim, degree)
+        negative = one.narrow(along, l_max + 2, degree).flip(along)
+        result.append(torch.cat([negative, one.narrow(along, 0, degree + 1)], dim=along))
+    return result
 
 
 def _series(table: Tensor, heights: Tensor) -> Tensor:
-    l_max = len(table) - 1
-    return (table.to(heights).flatten(0, 1) @ heights).view(*heights.shape[:-2], l_max + 1, 2 * l_max + 1, -1)
+    return (table.to(heights).flatten(0, 1) @ heights).view(*heights.shape[:-2], *table.shape[:2], -1)
+
+
+def _product(series: Tensor, azimuths: Tensor) -> Tensor:
+    return (series[..., None, :, :] * azimuths[..., None, :, :, :]).flatten(-3, -2)
 
 
 def _azimuths(x: Tensor, y: Tensor, l_max: int) -> Tensor:
-    """Return ``B_l_max ... B_1, A_0 ... A_l_max``, shape ``(..., 2 l_max + 1, n)``; powers by doubling."""
-    one = torch.ones_like(x)[..., None, :]
+    """Return ``A_0 ... A_l_max`` and ``B_0 ... B_l_max``, shape ``(..., 2, l_max + 1, n)``; powers by doubling."""
+    ends = torch.stack([torch.ones_like(x), torch.zeros_like(x)], dim=-2)[..., None, :]
     if l_max == 0:
-        return one
+        return ends
     powers = torch.complex(x, y)[..., None, :]
     while (n := powers.shape[-2]) < l_max:
         powers = torch.cat([powers, powers[..., : l_max - n, :] * powers[..., -1:, :]], dim=-2)
-    return torch.cat([powers.imag.flip(-2), one, powers.real], dim=-2)
+    return torch.cat([ends, torch.stack([powers.real, powers.imag], dim=-3)], dim=-2)
 
 
 @cache
 def _table(l_max: int) -> tuple[Tensor, Tensor]:
-    """Return Chebyshev coefficients of ``Q_lm`` and of its derivative, ``(l_max + 1, 2 l_max + 1, l_max + 1)``."""
-    tables = np.zeros((2, l_max + 1, 2 * l_max + 1, l_max + 1))
+    """Return Chebyshev coefficients of ``Q_lm`` and of its derivative, ``(l_max + 1, l_max + 1, l_max + 1)``."""
+    tables = np.zeros((2, l_max + 1, l_max + 1, l_max + 1))
     nodes = chebyshev.chebpts1(l_max + 1)
     for degree in range(l_max + 1):
         for m in range(degree + 1):
@@ -136,5 +142,5 @@ def _table(l_max: int) -> tuple[Tensor, Tensor]:
             for which in range(2):
                 series = legendre.legder(np.eye(degree + 1)[degree], m + which)
                 exact = chebyshev.chebfit(nodes, legendre.legval(nodes, series), degree)
-                tables[which, degree, [l_max - m, l_max + m], : degree + 1] = norm * exact
+                tables[which, degree, m, : degree + 1] = norm * exact
     return torch.from_numpy(tables[0]), torch.from_numpy(tables[1])

@@ -169,7 +169,7 @@ class SOAP(LocalDescriptor):
     def _coefficients(self, environments: Environments, first: int, last: int, begin: int, end: int) -> Tensor:
         """Return the coefficients of the centres ``first ... last``, whose pairs are ``begin ... end``.
 
-        Shape ``(n_centres, l_max + 1, n_species * n_max, 2 l_max + 1)``, orders as in
+        Shape ``(n_centres, l_max + 1, n_species * n_max, 2 l_max + 2)``, orders as in
         :func:`tlmc.descriptors.harmonics.joined_harmonics`.
         """
         n_species, n_centres = len(self.species), last - first
@@ -209,7 +209,7 @@ class SOAP(LocalDescriptor):
         # the centre's own Gaussian adds to degree zero
         own = self.radial.mixing[0] @ self.radial.own / math.sqrt(4.0 * math.pi)
         one_hot = torch.nn.functional.one_hot(environments.species[first:last], n_species)
-        c[:, 0, :, :, self.l_max] += one_hot[:, :, None] * own.to(c)
+        c[:, 0, :, :, 0] += one_hot[:, :, None] * own.to(c)
         return c.flatten(2, 3)
 
     def _spectrum(self, coefficients: Tensor) -> Tensor:
@@ -322,7 +322,7 @@ class SOAP(LocalDescriptor):
         structure = _structure_of_atoms(environments)
         counts = torch.bincount(environments.structures, minlength=len(environments.sizes))
         averaged = _mean(self._all_coefficients(environments), environments)
-        total = environments.vectors.new_zeros(n_atoms * n_species, l_max + 1, self.n_max, 2 * l_max + 1, 3)
+        total = environments.vectors.new_zeros(n_atoms * n_species, l_max + 1, self.n_max, 2 * l_max + 2, 3)
         for _, _, begin, end in chunks(environments, PLACES_AT_ONCE):
             vectors, species = environments.vectors[begin:end].T, environments.neighbour_species[begin:end]
             distances = _lengths(vectors)
