@@ -108,7 +108,7 @@ class GaussianBasis(RadialBasis):
 
     def of_terms(self, terms: Tensor) -> Tensor:
         """Return ``R^l exp(-c_nl R^2) = exp(l log R - c_nl R^2)``; see :class:`RadialBasis`."""
-        return self._combined(terms).exp()
+        return self._combined(terms).exp_()
 
     def slopes(self, distances: Tensor) -> Tensor:
         """Return ``(l / R - 2 c_nl R) R^l exp(-c_nl R^2)``; see :class:`RadialBasis`."""

@@ -36,10 +36,10 @@ Basis = Literal["gto", "polynomial"]
 Average = Literal["off", "inner", "outer"]
 Cutoff = Literal["none", "cosine"]
 
-PAIRS_AT_ONCE = 8000
+PAIRS_AT_ONCE = 12_000
 """Neighbours whose factors are kept together: large enough to amortise calls."""
 PLACES_AT_ONCE = 1000
-"""Neighbours whose radial functions and harmonics are: few enough for the processor's cache."""
+"""Neighbours per thread whose radial functions and harmonics are: few enough for the processor's cache."""
 
 
 class SOAP(LocalDescriptor):
@@ -195,7 +195,8 @@ class SOAP(LocalDescriptor):
         terms = self.radial.terms(distances.view(shape))
         # what follows is ten times larger: a few centres at a time, whose numbers stay in the processor's cache
         parts = []
-        for row in range(0, n_centres, rows := max(1, PLACES_AT_ONCE // max(shape[1], 1))):
+        rows = max(1, PLACES_AT_ONCE * torch.get_num_threads() // max(shape[1], 1))
+        for row in range(0, n_centres, rows):
             some = slice(row, row + rows)
             harmonics = joined_harmonics(heights[some], azimuths[some]).flatten(0, 1)
             overlaps = self.radial.of_terms(terms[some]).flatten(0, 1)

@@ -27,7 +27,7 @@ from tlmc.errors import ConfigError
 PAIRS_AT_ONCE = 500
 """Neighbours per chunk of the derivatives: their triples should stay in the processor's cache."""
 PLACES_AT_ONCE = 30_000
-"""Pairs of neighbours whose angular terms are kept together, for the same reason."""
+"""Pairs of neighbours per thread whose angular terms are kept together, for the same reason."""
 
 
 class _Triples(NamedTuple):
@@ -181,7 +181,7 @@ class SymmetryFunctions(LocalDescriptor):
         place = slot * n_species + environments.neighbour_species
         weights = weights.flatten().index_copy(0, place, cutoff).view(n_centres, width, n_species)
         d, directions = d.view(n_centres, width), directions.view(n_centres, width, 3)
-        rows = max(1, PLACES_AT_ONCE // width**2)
+        rows = max(1, PLACES_AT_ONCE * torch.get_num_threads() // width**2)
         parts = zip(directions.split(rows), d.split(rows), weights.split(rows), strict=True)
         sums = torch.cat([self._angular_sums(*part) for part in parts])
         # off the diagonal a pair stands once, on it in both orders
