@@ -49,7 +49,8 @@ lint: $(STAMP) ## ruff (lint and format, notebooks included) and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-bench: $(STAMP) ## time a training step against the loop of the thesis
+bench: $(STAMP) ## time descriptors against DScribe and a training step against the loop of the thesis
+	$(PY) tests/benchmarks/descriptors.py
 	$(PY) tests/benchmarks/training_step.py
 
 notebooks: $(STAMP) ## run the notebooks (smoke profile) and store the outputs that `make test` compares with
