@@ -90,6 +90,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+sweep_app = typer.Typer(
+    help="Many runs from one description: plan them, carry one out, collect the results. The Snakefile does all three.",
+    no_args_is_help=True,
+)
+app.add_typer(sweep_app, name="sweep")
+
 Mapped = Annotated[
     list[str] | None, typer.Option("--map", metavar="NEW=DONOR", help="Let an element borrow a network, e.g. Si=C.")
 ]
@@ -300,7 +306,10 @@ def casestudy(
         n_folds=folds,
     )
     text = format_errors(table)
-    columns = [*map(str, text.index.names), *(Column(name, justify="right") for name in text.columns)]
+    columns: list[Column | str] = [
+        *map(str, text.index.names),
+        *(Column(name, justify="right") for name in text.columns),
+    ]
     shown = Table(*columns, title="RMSE, test part")
     for key, row in zip(text.index, text.to_numpy(), strict=True):
         shown.add_row(*key, *row)
@@ -543,6 +552,74 @@ def peer(
         title = f"{data.name}: errors on {len(run.split.test)} test frames, trained on {len(run.split.train)}"
         _print_metrics(title, {name: stage.metrics for name, stage in run.stages.items()})
         out.print(f"run: {run.run_dir}", soft_wrap=True)
+
+
+@sweep_app.command("plan")
+def sweep_plan(
+    description: Annotated[Path, typer.Argument(help="YAML file, as those in notebooks/sweeps.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the sweep. [default: <reports>/sweeps/<name>]")
+    ] = None,
+) -> None:
+    """Write one parameters file per run; those that would not change are left alone.
+
+    [bold]Example[/bold]
+
+    tlmc sweep plan notebooks/sweeps/smoke.yml -o my-sweep
+    """
+    from tlmc.sweeps import parameters_file, plan
+
+    folder = output or reports_dir() / "sweeps" / description.stem
+    for name in plan(description, folder):
+        out.print(str(parameters_file(folder, name)), soft_wrap=True)
+
+
+@sweep_app.command("run")
+def sweep_run(
+    parameters: Annotated[Path, typer.Argument(help="A parameters file of a plan.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of this run's results.")],
+) -> None:
+    """Carry out one run: execute the notebook 10_single_run, leave metrics.json.
+
+    A training that was interrupted goes on from its last epoch.
+
+    [bold]Example[/bold]
+
+    tlmc sweep run my-sweep/parameters/RUN.yml -o my-sweep/results/RUN
+    """
+    from tlmc.sweeps import carry_out
+
+    out.print(str(carry_out(parameters, output)), soft_wrap=True)
+
+
+@sweep_app.command("collect")
+def sweep_collect(folder: Annotated[Path, typer.Argument(help="Folder of the sweep.")]) -> None:
+    """Gather the finished runs: a table in the folder, test errors in the record of the reports; name the failed.
+
+    The table is table.csv if all runs are finished, else unfinished.csv, and the exit status is 2.
+
+    [bold]Example[/bold]
+
+    tlmc sweep collect my-sweep
+    """
+    from tlmc.evaluation.records import append_records, comparison_table
+    from tlmc.sweeps import collect
+
+    state = collect(folder)
+    target = folder / ("unfinished.csv" if state.failed or state.waiting else "table.csv")
+    if state.finished:
+        append_records(state.records)
+        with atomic_path(target) as temporary:
+            comparison_table(state.records).to_csv(temporary, index=False)
+        out.print(f"{len(state.finished)} runs finished: {target}", soft_wrap=True)
+    if target.name == "table.csv":
+        (folder / "unfinished.csv").unlink(missing_ok=True)
+    for name, sentence in state.failed.items():
+        err.print(f"[red]failed: {name}: {escape(sentence)}[/red]", soft_wrap=True)
+    for name in state.waiting:
+        err.print(f"[yellow]not done: {name}[/yellow]", soft_wrap=True)
+    if state.failed or state.waiting:
+        raise typer.Exit(2)
 
 
 def _pairs(items: list[str] | None, option: str) -> dict[str, str]:
