@@ -298,6 +298,23 @@ class TestLabel:
         assert sentence in error
 
 
+class TestPeer:
+    def test_published_weights(self, tlmc, data, monkeypatch):
+        pytest.importorskip("sevenn", reason="needs sevenn: pip install 'tlmc[peer]'", exc_type=ModuleNotFoundError)
+        monkeypatch.setenv("TLMC_REPORTS_DIR", str(data.parent / "reports"))
+        code, text, _ = tlmc("-q", "peer", data, "--record", "mine")
+        assert code == 0
+        assert "methanol: errors on 4 test frames, trained on 14" in text
+        assert set(read_records(data.parent / "reports" / "metrics")["recipe"]) == {"sevennet, unmodified"}
+
+    def test_wrong_input_gets_one_sentence(self, tlmc, data, monkeypatch):
+        monkeypatch.setattr("tlmc.peer.sevennet.is_installed", lambda: False)
+        code, _, text = tlmc("-q", "peer", data)
+        assert (code, text) == (2, "SevenNet-0 needs the package sevenn: pip install 'tlmc[peer]'")
+        code, _, text = tlmc("-q", "peer", data, "--lr", 0)
+        assert (code, text) == (2, "peer: lr = 0.0: Input should be greater than 0")
+
+
 class TestStudy:
     def test_unknown_profile_and_parameter(self, tlmc, tmp_path, monkeypatch):
         (tmp_path / "notebooks").mkdir()
@@ -356,7 +373,9 @@ class TestCommon:
         for name in ("TLMC_DATA_DIR", "TORCHANI_DATA_DIR", "TLMC_CACHE_DIR", "TLMC_REPORTS_DIR", "TLMC_THREADS"):
             assert name in text
 
-    @pytest.mark.parametrize("command", ["study", "finetune", "casestudy", "evaluate", "fetch", "info", "label"])
+    @pytest.mark.parametrize(
+        "command", ["study", "finetune", "casestudy", "evaluate", "fetch", "info", "label", "peer"]
+    )
     def test_every_command_shows_examples(self, tlmc, command):
         code, text, _ = tlmc(command, "--help")
         assert code == 0

@@ -13,11 +13,12 @@ import pandas as pd
 import torch
 
 from tlmc.evaluation.comparison import Stage, before_and_after, rows_from_stages
-from tlmc.evaluation.metrics import as_json
-from tlmc.evaluation.records import append_records
+from tlmc.evaluation.metrics import as_json, evaluate
+from tlmc.evaluation.records import CELL, append_records, rows_from_metrics
 from tlmc.files import write_json
 from tlmc.labelled import Dataset
 from tlmc.paths import reports_dir
+from tlmc.potentials.calculator import predict
 from tlmc.potentials.model import Potential
 from tlmc.splits import Split, SplitMethod, shrunk, split_dataset
 from tlmc.training.cache import build_cache
@@ -67,7 +68,8 @@ def run_experiment(
     n_train
         Use so many frames of the training part, drawn by the seed; 0 for all.
     study
-        File the test errors under this name in ``metrics/summary.parquet``; empty for no record.
+        File the test errors, and the validation errors of the result, under this name in ``metrics/summary.parquet``;
+        empty for no record.
     run_dir
         Folder of the run; by default one under ``reports/runs`` with a name that changes with every setting.
     progress, tensorboard
@@ -102,7 +104,11 @@ def run_experiment(
             n_train=len(parts.train),
             run_id=result.run_id,
         )
-        append_records(rows)
+        # settings are chosen by these, never by the test part
+        validation = dataset.subset(parts.validation)
+        metrics = evaluate(validation, predict(result.potential, validation.frames))
+        cell: dict[str, Any] = {name: rows[-1][name] for name in (*CELL, "run_id")} | {"split": "validation"}
+        append_records([*rows, *rows_from_metrics(metrics, **cell)])
     return Experiment(dataset, parts, result, stages, folder)
 
 

@@ -92,7 +92,7 @@ def run_study(
     given, own = dict(parameters or {}), Path()
     if data is not None:
         notebooks = notebooks or _chapter_four(profile)
-        given = _own_data(data, profile, notebooks, given) | given
+        given = {**_own_data(data, profile, notebooks, given), **given}
         own = Path("own", data.resolve().name)
     loaded = load_profile(profile, notebooks, _with_absolute_files(given))
     reports = (output or reports_dir() / own).resolve()

@@ -228,7 +228,7 @@ def energy_errors(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     require_columns(table, "energy errors need", ["E (meV/atom)", "source"])
     ax = axes_or_new(ax, aspect=max(0.5, 0.07 * len(table)))
     for colour, (source, rows) in zip(PALETTE, table.groupby("source", sort=False), strict=False):
-        places = [table.index.get_loc(name) for name in rows.index]
+        places = np.flatnonzero(table.index.isin(rows.index))
         bars = ax.barh(places, rows["E (meV/atom)"], color=colour, label=source)
         ax.bar_label(bars, fmt="%.2f", fontsize=6, padding=2)
     ax.set_yticks(range(len(table)), list(table.index))
