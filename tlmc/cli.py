@@ -287,6 +287,7 @@ def casestudy(
     from tlmc.potentials.transfer import THESIS_DONORS
 
     changes = {key: yaml.safe_load(value) for key, value in _pairs(setting, "--set").items()}
+    numbers = [_whole_number(part) for part in sizes.split(",") if part.strip()]
     case = CaseStudy(
         load_start_model(start_model),
         load_crystals(sources(crystals)),
@@ -300,7 +301,7 @@ def casestudy(
     table = write_results(
         case,
         study_name,
-        sizes=[_whole_number(part) for part in sizes.split(",") if part.strip()],
+        sizes=numbers,
         shared=shared,
         left_out=[part.strip() for part in left_out.split(",") if part.strip()],
         n_folds=folds,

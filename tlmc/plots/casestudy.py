@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from tlmc.errors import DataError
 from tlmc.evaluation.ranking import LABELS
@@ -75,6 +76,8 @@ def parity_gallery(crystals: Mapping[str, tuple[Dataset, Predictions, Prediction
             for ax in pair:
                 ax.lines[0].set_data([lower, upper], [lower, upper])
                 ax.set(xlim=(lower, upper), ylim=(lower, upper), xlabel="", ylabel="")
+                for axis in (ax.xaxis, ax.yaxis):
+                    axis.set_major_locator(MaxNLocator(nbins=3, steps=[1, 2, 5, 10]))
         row[0].set_ylabel(name, fontweight="bold")
     for ax, title in zip(axes[0], ("|F| before", "|F| after", "E/N before", "E/N after"), strict=True):
         ax.set_title(title)
