@@ -21,7 +21,7 @@ from tlmc.labelled import Dataset
 from tlmc.paths import reports_dir
 from tlmc.potentials.model import Potential
 from tlmc.potentials.transfer import THESIS_DONORS, Borrowing, with_elements
-from tlmc.splits import Split, SplitMethod, split_dataset
+from tlmc.splits import Split, SplitMethod, shrunk, split_dataset
 from tlmc.training.cache import build_cache
 from tlmc.training.finetune import FinetuneConfig, FinetuneResult, finetune, recipe, run_name
 from tlmc.training.kernels import kernels
@@ -52,6 +52,7 @@ def run_experiment(
     config: FinetuneConfig,
     *,
     split: SplitMethod = "random",
+    n_train: int = 0,
     study: str = "",
     run_dir: Path | None = None,
     progress: bool | None = None,
@@ -65,6 +66,8 @@ def run_experiment(
         Start model, all frames, and settings; ``config.seed`` also draws the split.
     split
         How frames are parted, 70/10/20.
+    n_train
+        Use so many frames of the training part, drawn by the seed; 0 for all.
     study
         File the test errors under this name in ``metrics/summary.parquet``; empty for no record.
     run_dir
@@ -78,6 +81,8 @@ def run_experiment(
         As the steps raise them, before training starts.
     """
     parts = split_dataset(dataset, method=split, seed=config.seed)
+    if n_train:
+        parts = shrunk(parts, n_train, config.seed)
     folder = run_dir or reports_dir() / "runs" / run_name(model, dataset, parts, config)
     result = finetune(model, dataset, parts, config, folder, progress=progress, tensorboard=tensorboard)
     stages = before_and_after(model, {config.recipe: result.potential}, dataset, parts)
