@@ -35,6 +35,9 @@ from tlmc.training.devices import find_device
 
 PATIENCE = timedelta(hours=12)
 """How long a process waits for another; long, since the first one may compute descriptors or validate alone."""
+_BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals to a launcher that it hands on to its processes."""
 T = TypeVar("T")
 
 
@@ -134,7 +137,7 @@ def processes(device: str = "cpu") -> Iterator[Group]:
     if device == "cuda":
         device = f"cuda:{local_rank}"
     elif device != "cpu":
-        raise ConfigError(f"the processes of one training share out the GPUs: device must be cpu or cuda, got {device!r}")
+        raise ConfigError(f"of several processes each has its own GPU: device must be cpu or cuda, got {device!r}")
     own = find_device(device)
     check_backend(own.type)
     if own.type == "cuda":
@@ -147,9 +150,6 @@ def processes(device: str = "cpu") -> Iterator[Group]:
         yield Group(rank, size, own, os.getppid())
     finally:
         dist.destroy_process_group()
-
-
-_BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
 def check_backend(device_type: str) -> None:
@@ -192,6 +192,7 @@ def launch(n_processes: int, arguments: Sequence[str]) -> int:
     threads = int(os.environ.get("TLMC_THREADS") or os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     share = str(max(1, threads // n_processes))
     os.environ.update({"OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share, "TLMC_THREADS": share})
+    handlers = {number: signal.getsignal(number) for number in _HANDLED}
     with tempfile.TemporaryDirectory(prefix="tlmc-processes-") as logs:
         config = LaunchConfig(
             min_nodes=1,
@@ -202,6 +203,7 @@ def launch(n_processes: int, arguments: Sequence[str]) -> int:
             rdzv_endpoint="localhost:0",
             local_addr="localhost",
             max_restarts=0,
+            signals_to_handle=",".join(number.name for number in _HANDLED),
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
@@ -214,6 +216,9 @@ def launch(n_processes: int, arguments: Sequence[str]) -> int:
             return int(failure.exitcode)
         except SignalException as error:
             return 128 + int(error.sigval)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return 0
 
 

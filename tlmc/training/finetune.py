@@ -357,8 +357,10 @@ class _Trainer:
     def epoch(self, state: _State) -> dict[str, float]:
         """Train one epoch, validate, and bring the state up to date; return the new row of the learning curve."""
         began, config = time.perf_counter(), self.config
-        for tensor in state.tensors.values():
-            self.group.follow_(tensor)  # at the start all that a checkpoint held, later what unequal machines differ by
+        # at the start all that a checkpoint held, later what unequal machines differ by; sorted, since a file has an
+        # order of its own
+        for name in sorted(state.tensors):
+            self.group.follow_(state.tensors[name])
         train = _Errors()
         for indices in self._batches(state.epoch):
             rate = self._rate(state)
