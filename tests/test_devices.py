@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import numpy as np
@@ -12,9 +13,10 @@ from ase.build import molecule
 from potential_references import toy_potential
 from test_aev import small_cell
 from test_engine import engine_gradient, labels
-from test_finetune import labelled, quick, same_weights, student
+from test_finetune import labelled, quick, same_weights, student, teacher
 
 from tlmc.errors import ConfigError
+from tlmc.potentials import predict
 from tlmc.splits import split_dataset
 from tlmc.training import engine as engine_module
 from tlmc.training.cache import build_cache
@@ -62,7 +64,7 @@ def test_structures_move_once_as_far_as_there_is_room(tmp_path):
     assert some[2] is some[2]
 
 
-def meta_step(cache, frames, monkeypatch, update=True):
+def meta_step(cache, frames):
     """One step of an engine whose tensors have a device but no data."""
     moved = DeviceCache(cache, META)
     engine = Engine(toy_potential(members=3), moved, (True,) * 4)
@@ -81,11 +83,11 @@ def meta_step(cache, frames, monkeypatch, update=True):
     )
 
 
-def test_a_step_needs_nothing_from_the_device(tmp_path, monkeypatch):
+def test_a_step_needs_nothing_from_the_device(tmp_path):
     """Tensors of the meta device have no data: whatever reads a number, or mixes in a host array, raises."""
     frames = [small_cell(), molecule("CH3OH"), molecule("CH4")]
     cache = build_cache(toy_potential(), frames, torch.float64, tmp_path)
-    assert meta_step(cache, frames, monkeypatch).loss.device == META
+    assert meta_step(cache, frames).loss.device == META
     for read in (torch.Tensor.item, torch.Tensor.cpu, torch.Tensor.tolist):
         with pytest.raises((RuntimeError, NotImplementedError), match=r"meta tensor"):
             read(torch.zeros(1, device=META))
@@ -201,6 +203,20 @@ def test_steps_on_a_gpu_do_not_wait(tmp_path):
     trainer.epoch(state)
 
 
+def mixed():
+    """Rattled molecules of 3 to 18 atoms, labelled as `labelled` does."""
+    rng = np.random.default_rng(1)
+    pair = molecule("CH3CH2OH") + molecule("CH3CH2OH", positions=molecule("CH3CH2OH").positions + 4.0)
+    frames = [
+        frame.copy() for frame in [molecule("H2O"), molecule("CH4"), molecule("CH3CH2OH"), pair] for _ in range(6)
+    ]
+    for frame in frames:
+        frame.positions += rng.normal(scale=0.05, size=(len(frame), 3))
+    answer = predict(teacher(), frames)
+    changes = {"frames": tuple(frames), "energies": answer.energies, "forces": answer.forces, "name": "mixed"}
+    return dataclasses.replace(labelled(len(frames)), **changes)
+
+
 def test_batches_by_atoms_are_filled_and_drawn_by_the_seed(tmp_path):
     """Unequal structures: no batch above the limit but for a structure alone, all of them once, anew every epoch."""
     data = mixed()
@@ -221,30 +237,6 @@ def test_batches_by_atoms_are_filled_and_drawn_by_the_seed(tmp_path):
         assert total + sizes[following[0]] > 14, (batch, following)
     assert len({len(batch) for batch in first}) > 1
     assert trainers[0].steps == sum(len(list(trainers[0]._batches(epoch))) for epoch in range(4))
-
-
-def mixed():
-    """Rattled molecules of 3 to 24 atoms."""
-    import dataclasses
-
-    from test_finetune import teacher
-
-    from tlmc.potentials import predict
-
-    rng = np.random.default_rng(1)
-    frames = []
-    for name in ["H2O", "CH4", "CH3OH", "C4H10-like"] * 6:
-        frame = molecule("CH3CH2OH") if name == "C4H10-like" else molecule(name)
-        if name == "C4H10-like" and len(frames) > 12:
-            frame = frame + molecule("CH3CH2OH", positions=molecule("CH3CH2OH").positions + 4.0)
-        frame.positions += rng.normal(scale=0.05, size=(len(frame), 3))
-        frames.append(frame)
-    answer = predict(teacher(), frames)
-    n = len(frames)
-    return dataclasses.replace(
-        labelled(n), frames=tuple(frames), energies=answer.energies, forces=answer.forces, stresses=(None,) * n,
-        name="mixed", frame_numbers=np.arange(n),
-    )  # fmt: skip
 
 
 def test_a_batch_by_atoms_has_the_mean_over_its_structures_as_loss():

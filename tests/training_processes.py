@@ -24,7 +24,7 @@ CASES = {
     },
     "by atoms": {"batch_atoms": 20, "precision": "float64"},
     "single precision": {"batch_size": 4},
-    "killed": {"batch_size": 3, "precision": "float64", "epochs": 60},
+    "killed": {"batch_size": 3, "precision": "float64", "epochs": 40},
 }  # fmt: skip
 
 
