@@ -91,6 +91,11 @@ class Group:
         result: T = json.loads(self.follow_(data.to(self.device)).cpu().numpy().tobytes())
         return result
 
+    def check_same(self, value: str, what: str) -> None:
+        """Raise a ConfigError unless this process has what the first has."""
+        if self.from_first(value) != value:
+            raise ConfigError(f"{what} of process {self.rank} are not those of process 0")
+
     @contextmanager
     def first_alone(self) -> Iterator[None]:
         """Let the first process pass the block before the others enter it."""

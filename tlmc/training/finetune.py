@@ -23,11 +23,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tlmc.descriptors.enrichment import Compression, fit_enrichment
 from tlmc.errors import ConfigError, DataError, ModelError
 from tlmc.files import atomic_path, write_json
 from tlmc.labelled import Dataset
 from tlmc.potentials.model import Potential
-from tlmc.potentials.transfer import scratch, trainable_layers
+from tlmc.potentials.transfer import enrich, scratch, trainable_layers
 from tlmc.reference import fit_reference
 from tlmc.splits import Split
 from tlmc.training.cache import DescriptorCache, build_cache
@@ -41,6 +42,21 @@ from tlmc.training.optimizer import Update, apply
 from tlmc.training.warm_start import ridge_start
 
 _LOG = logging.getLogger(__name__)
+
+
+class RicherColumns(BaseModel):
+    """Columns of another descriptor behind the AEV (:mod:`tlmc.descriptors.enrichment`), fitted on the training part."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str = "soap"
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the descriptor that differ from its defaults; elements are those of the data."""
+    compression: Compression = "species"
+    n_columns: int = Field(128, ge=1)
+    """Principal components with ``compression="pca"``."""
+    scale: float = Field(0.1, gt=0.0)
+    """Standard deviation of the columns: the larger, the faster they learn; from 0.4 on the first steps do harm."""
 
 
 class FinetuneConfig(BaseModel):
@@ -89,6 +105,8 @@ class FinetuneConfig(BaseModel):
     seed: int = Field(0, ge=0)
     """Order of the batches, and the weights with ``init="scratch"``."""
     precision: Literal["float32", "float64"] = "float32"
+    richer: RicherColumns | None = None
+    """Columns that the model gets in addition; a model with such columns exports to our own format only."""
 
     @model_validator(mode="after")
     def _check_warm_start(self) -> FinetuneConfig:
@@ -102,7 +120,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "short": {"epochs": 60, "lambda_": 0.1, "lr": 3e-4, "weight_decay": 0.01, "schedule": "cosine"},
     "scratch": {"init": "scratch"},
     "frozen": {"layers": "hidden"},
-}
+    "rich": {
+        "epochs": 60, "lambda_": 0.1, "lr": 3e-4, "weight_decay": 0.01, "schedule": "cosine", "warmup_epochs": 1,
+        "loss": "huber", "huber_delta": 0.1, "richer": {"kind": "soap"},
+    },
+}  # fmt: skip
 """Named settings, as differences from the thesis protocol."""
 
 
@@ -214,8 +236,8 @@ def finetune(
     DataError
         If the split does not belong to the data set.
     ConfigError
-        If `run_dir` holds a run with other settings or data, TensorBoard is asked for but missing, or there is no such
-        device.
+        If `run_dir` holds a run with other settings or data, TensorBoard is asked for but missing, there is no such
+        device, or the processes of a group differ in what they were given.
     """
     config = config or FinetuneConfig()
     group = group or Group(device=find_device(device))
@@ -226,6 +248,7 @@ def finetune(
         raise ConfigError("tensorboard needs a run_dir to write to")
     description = _describe(model, dataset, split, config)
     run_id = _hash(description)
+    group.check_same(run_id, "settings, data or start weights")
     folder = None if run_dir is None else Path(run_dir)
     if folder is not None:
         if group.is_first:
@@ -237,11 +260,15 @@ def finetune(
 
     threads = threads or (1 if model.members == 1 else torch.get_num_threads())
     begin = scratch(model, config.seed) if config.init == "scratch" else model
+    if config.richer is not None:
+        train = [dataset.frames[k] for k in split.train]
+        begin = enrich(begin, fit_enrichment(train, species=dataset.elements, **config.richer.model_dump()))
     dtype = cast(torch.dtype, getattr(torch, config.precision))
     with group.first_alone(), _bar(progress, len(dataset), "descriptors") as bar:
         cache = build_cache(begin, dataset.frames, dtype, report=bar.update)
         if group.device.type == "cpu":
             kernels(dtype)  # compiled now, by one process
+    group.check_same(cache.folder.name, "descriptors")
     n_layers = len(next(iter(begin.networks.values())))
     trainer = _Trainer(begin, dataset, split, config, cache, trainable_layers(config.layers, n_layers), group)
     if not group.is_first:
@@ -593,10 +620,6 @@ def _check_split(dataset: Dataset, split: Split) -> None:
 def _describe(model: Potential, dataset: Dataset, split: Split, config: FinetuneConfig) -> dict[str, Any]:
     """Return everything that decides the result, as JSON."""
     digest = hashlib.sha256(json.dumps(split.to_json(), sort_keys=True).encode())
-    # settings that came later stay out where they change nothing, so that runs made before go on
-    unused = {"warm_start", "ridge"} if config.warm_start == "none" else set()
-    if config.batch_atoms is None:
-        unused.add("batch_atoms")
     return {
         "start_model": {
             "name": model.name,
@@ -606,8 +629,15 @@ def _describe(model: Potential, dataset: Dataset, split: Split, config: Finetune
         },
         "data": {"name": dataset.name, "hash": dataset.hash, "frames": len(dataset)},
         "split": {"hash": digest.hexdigest(), "train": len(split.train), "validation": len(split.validation)},
-        "config": config.model_dump(exclude=unused),
+        # settings that came later stay out where they change nothing, so that runs made before go on
+        "config": config.model_dump(exclude=_later_settings(config)),
     }
+
+
+def _later_settings(config: FinetuneConfig) -> set[str]:
+    """Return the settings that did not exist once and that change nothing here."""
+    unused = {"warm_start", "ridge"} if config.warm_start == "none" else set()
+    return unused | {name for name in ("batch_atoms", "richer") if getattr(config, name) is None}
 
 
 def _weights_hash(model: Potential) -> str:
