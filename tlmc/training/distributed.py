@@ -176,7 +176,7 @@ def launched_processes() -> int:
 def launch(n_processes: int, arguments: Sequence[str]) -> int:
     """Run ``python ARGUMENTS`` in several processes on this machine, with torchrun's launcher, until they end.
 
-    The cores, or ``TLMC_THREADS`` of them, are shared out unless ``OMP_NUM_THREADS`` says otherwise.
+    They share the cores, or as many threads as ``TLMC_THREADS`` or ``OMP_NUM_THREADS`` allow.
 
     Returns
     -------
@@ -194,8 +194,8 @@ def launch(n_processes: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    threads = int(os.environ.get("TLMC_THREADS") or os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-    share = str(max(1, threads // n_processes))
+    # torch counts what either variable allows
+    share = str(max(1, torch.get_num_threads() // n_processes))
     os.environ.update({"OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share, "TLMC_THREADS": share})
     handlers = {number: signal.getsignal(number) for number in _HANDLED}
     with tempfile.TemporaryDirectory(prefix="tlmc-processes-") as logs:
