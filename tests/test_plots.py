@@ -594,6 +594,17 @@ class TestErrorAgainstTime:
         with pytest.raises(DataError, match="error against time needs columns"):
             plots.error_against_time(self.table().drop(columns="cpu_seconds"))
 
+    def test_a_column_of_panels_per_data_set(self):
+        figure = plots.error_against_time_panels({"urea": self.table(), "ammonia": self.table()})
+        assert [ax.get_title() for ax in figure.axes] == ["urea", "ammonia", "", ""]
+        assert [ax.get_ylabel() for ax in figure.axes[::2]] == [
+            "validation force RMSE, vector (eV/Å)",
+            "validation energy RMSE (meV/atom)",
+        ]
+        assert [ax.get_legend() is not None for ax in figure.axes] == [True, False, False, False]
+        with pytest.raises(DataError, match="at least one table, got none"):
+            plots.error_against_time_panels({})
+
 
 class TestErrorAgainstForce:
     def test_points_are_the_frames(self, pair):

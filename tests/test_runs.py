@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from tlmc.errors import ConfigError
+from tlmc.errors import ConfigError, ModelError
 from tlmc.evaluation import read_records
-from tlmc.runs import Run, execute, read_run, write_run
+from tlmc.runs import Run, execute, read_run, run_id, write_run
 
 
 def test_a_run_survives_its_file(tmp_path):
@@ -61,4 +61,14 @@ def test_a_run_uses_its_part_of_the_data_and_is_recorded(monkeypatch, tmp_path):
     assert experiment.dataset.is_crystal.all()
     assert experiment.result.potential.symbols[-2:] == ("Si", "I")
     records = read_records(study="trial", quantity="force_rmse_vector").query("recipe == 'short, epochs 1'")
-    assert records[["n_train", "seed"]].to_numpy().tolist() == [[6, 2]]
+    assert sorted(records["split"]) == ["molecules", "test", "validation"]
+    assert records[["n_train", "seed"]].drop_duplicates().to_numpy().tolist() == [[6, 2]]
+    assert set(records["run_id"]) == {run_id(run)}
+
+
+def test_a_run_takes_the_first_members():
+    run = Run(dataset="naphthalene", start_model="ani2xt", members=2)
+    with pytest.raises(ModelError, match=r"has 1 member\(s\), cannot take the first 2"):
+        execute(run)
+    # what is not asked for changes no name of files made before
+    assert "members" not in Run(dataset="naphthalene").model_dump_json(exclude_defaults=True)

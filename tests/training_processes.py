@@ -22,6 +22,9 @@ CASES = {
         "batch_size": 5, "clip_norm": 0.1, "ema_decay": 0.9, "loss": "huber", "warm_start": "ridge", "keep": "best",
         "schedule": "plateau", "plateau_patience": 0, "precision": "float64",
     },
+    "low rank and replay": {
+        "batch_size": 3, "rank": 2, "replay": 0.5, "richer": {"kind": "soap"}, "precision": "float64",
+    },
     "by atoms": {"batch_atoms": 20, "precision": "float64"},
     "single precision": {"batch_size": 4},
     "killed": {"batch_size": 3, "precision": "float64", "epochs": 40},

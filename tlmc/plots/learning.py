@@ -207,3 +207,31 @@ def error_against_time(
     ax.set(xlabel="processor time (s)", ylabel=f"validation {_CURVES[quantity]}")
     ax.legend()
     return finish(ax)
+
+
+@styled
+def error_against_time_panels(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Draw :func:`error_against_time` of several data sets: a column each, forces above, energies below.
+
+    Parameters
+    ----------
+    tables
+        By the name of the data set, each as :func:`tlmc.experiments.convergence` returns it.
+
+    Raises
+    ------
+    DataError
+        If there is no table, or as in :func:`error_against_time`.
+    """
+    if not tables:
+        raise DataError("error against time needs at least one table, got none")
+    figure, axes = subplots(2, len(tables), width=COLUMN * min(len(tables), 2))
+    for column, (name, table) in enumerate(tables.items()):
+        for row, quantity in enumerate(("force_rmse_vector", "energy_rmse_per_atom")):
+            ax = error_against_time(table, axes[row, column], quantity=cast(Any, quantity))
+            if row == 0:
+                ax.set(title=name, xlabel="")
+            legend = ax.get_legend()
+            if (row, column) != (0, 0) and legend is not None:
+                legend.remove()
+    return figure

@@ -148,6 +148,25 @@ def with_elements(model: Potential, mapping: Mapping[str, str], borrowing: Borro
     return (relabel if borrowing == "relabel" else extend)(model, mapping)
 
 
+def first_members(model: Potential, n_members: int) -> Potential:
+    """Return the ensemble of the first few members, under a name of its own (``ani2x-first2``).
+
+    Raises
+    ------
+    ModelError
+        If the model has not so many members, or none are asked for.
+    """
+    if not 1 <= n_members <= model.members:
+        raise ModelError(f"{model.name} has {model.members} member(s), cannot take the first {n_members}")
+    if n_members == model.members:
+        return model
+    networks = {
+        symbol: tuple(Layer(weight[:n_members].clone(), bias[:n_members].clone()) for weight, bias in layers)
+        for symbol, layers in model.networks.items()
+    }
+    return dataclasses.replace(model, name=f"{model.name}-first{n_members}", networks=networks)
+
+
 def _donated_columns(model: Potential, donors: Sequence[int]) -> Tensor:
     """Return, for every descriptor column of elements with these donors, the column of the model that it copies."""
     n_species, p = len(model.symbols), model.aev

@@ -113,7 +113,7 @@ def load_model(path: Path | str) -> tuple[Potential, dict[str, Any]]:
         content = description["model"]
         enrichment = None
         if content.get("enrichment") is not None:
-            extra = {name: tensors.pop(f"enrichment.{name}") for name in _ENRICHMENT}
+            extra: dict[str, Any] = {name: tensors.pop(f"enrichment.{name}") for name in _ENRICHMENT}
             enrichment = Enrichment(**content["enrichment"], **extra)
             _ = enrichment.descriptor  # an unknown one is said now
         depth = 1 + max(int(name.split(".")[1]) for name in tensors)

@@ -38,14 +38,16 @@ from tlmc.training.distributed import Group
 from tlmc.training.engine import Batch, Engine, merge
 from tlmc.training.kernels import kernels
 from tlmc.training.loss import LossAndSlopes, LossKind, batch_loss
+from tlmc.training.low_rank import LowRank
 from tlmc.training.optimizer import Update, apply
+from tlmc.training.replay import Replay, isolated_molecules
 from tlmc.training.warm_start import ridge_start
 
 _LOG = logging.getLogger(__name__)
 
 
 class RicherColumns(BaseModel):
-    """Columns of another descriptor behind the AEV (:mod:`tlmc.descriptors.enrichment`), fitted on the training part."""
+    """Columns of another descriptor behind the AEV (:mod:`tlmc.descriptors.enrichment`), fitted on training frames."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -107,11 +109,20 @@ class FinetuneConfig(BaseModel):
     precision: Literal["float32", "float64"] = "float32"
     richer: RicherColumns | None = None
     """Columns that the model gets in addition; a model with such columns exports to our own format only."""
+    rank: int | None = Field(None, ge=1)
+    """Keep the start weights and learn products of thin matrices of this rank beside them
+    (:mod:`tlmc.training.low_rank`); weight decay then pulls towards the start model."""
+    replay: float = Field(0.0, ge=0.0)
+    """Weight of staying as the start model is on small isolated molecules (:mod:`tlmc.training.replay`)."""
 
     @model_validator(mode="after")
-    def _check_warm_start(self) -> FinetuneConfig:
+    def _check_combinations(self) -> FinetuneConfig:
         if self.warm_start == "ridge" and self.layers == "hidden":
             raise ValueError("warm_start = 'ridge' fits the output layers, which layers = 'hidden' keeps frozen")
+        if self.warm_start == "ridge" and self.rank is not None:
+            raise ValueError("warm_start = 'ridge' changes the weights that rank keeps: choose one of them")
+        if self.init == "scratch" and self.replay:
+            raise ValueError("replay keeps what the start model knows, which init = 'scratch' throws away")
         return self
 
 
@@ -264,8 +275,9 @@ def finetune(
         train = [dataset.frames[k] for k in split.train]
         begin = enrich(begin, fit_enrichment(train, species=dataset.elements, **config.richer.model_dump()))
     dtype = cast(torch.dtype, getattr(torch, config.precision))
+    replayed = isolated_molecules(dataset.elements, "replayed") if config.replay else []
     with group.first_alone(), _bar(progress, len(dataset), "descriptors") as bar:
-        cache = build_cache(begin, dataset.frames, dtype, report=bar.update)
+        cache = build_cache(begin, (*dataset.frames, *replayed), dtype, report=bar.update)
         if group.device.type == "cpu":
             kernels(dtype)  # compiled now, by one process
     group.check_same(cache.folder.name, "descriptors")
@@ -338,7 +350,7 @@ class _Trainer:
         self.sizes = [len(frame) for frame in dataset.frames]
         self.forces = [
             torch.from_numpy(forces)[structure.order].to(self.engine.flat)
-            for forces, structure in zip(dataset.forces, cache, strict=True)
+            for forces, structure in zip(dataset.forces, cache, strict=False)  # molecules for replay come after them
         ]
         train_frames = [dataset.frames[i] for i in split.train]
         predicted = self._network_energies(split.train) + model.with_reference(None).atomic_reference(train_frames)
@@ -348,7 +360,13 @@ class _Trainer:
         self.energies = energies.to(group.device)
         self.loss = partial(batch_loss, lambda_=config.lambda_, kind=config.loss, delta=config.huber_delta)
         self.steps = self._count_steps()
-        self.trains_first = trainable[0]
+        self.low_rank = LowRank(self.engine, config.rank, config.seed) if config.rank else None
+        replayed = [self.cache[i] for i in range(len(dataset), len(cache))]
+        self.replay = (
+            Replay(self.engine, replayed, config.replay, config.batch_size, self.loss, config.seed)
+            if replayed else None
+        )  # fmt: skip
+        self.trains_first = trainable[0] and self.low_rank is None
 
     def start(self) -> _State:
         """Return the state before the first step, after the warm start if there is one."""
@@ -362,12 +380,15 @@ class _Trainer:
     def blank(self) -> _State:
         """Return the state before the first step, without a warm start."""
         flat = self.engine.flat
+        learned = flat if self.low_rank is None else self.low_rank.flat
         tensors = {
             "flat": flat,
-            "exp_avg": torch.zeros_like(flat),
-            "exp_avg_sq": torch.zeros_like(flat),
+            "exp_avg": torch.zeros_like(learned),
+            "exp_avg_sq": torch.zeros_like(learned),
             "best": flat.clone(),
         }
+        if self.low_rank is not None:
+            tensors["factors"] = learned
         if self.config.ema_decay is not None:
             tensors["ema"] = flat.clone()
         inactive = dict.fromkeys(("flat", "ema", "best"), 1.0)
@@ -380,6 +401,9 @@ class _Trainer:
         self.engine.flat.copy_(state.tensors["flat"])
         state.tensors = {name: tensor.to(self.group.device) for name, tensor in state.tensors.items()}
         state.tensors["flat"] = self.engine.flat
+        if self.low_rank is not None:
+            self.low_rank.flat.copy_(state.tensors["factors"])
+            state.tensors["factors"] = self.low_rank.flat
 
     def epoch(self, state: _State) -> dict[str, float]:
         """Train one epoch, validate, and bring the state up to date; return the new row of the learning curve."""
@@ -391,8 +415,9 @@ class _Trainer:
         train = _Errors()
         for indices in self._batches(state.epoch):
             rate = self._rate(state)
+            learned = self.engine if self.low_rank is None else self.low_rank
             update = Update(
-                self.engine.flat, state.tensors["exp_avg"], state.tensors["exp_avg_sq"], self.engine.gradient,
+                learned.flat, state.tensors["exp_avg"], state.tensors["exp_avg_sq"], learned.gradient,
                 rate, config.weight_decay, state.step + 1,
             )  # fmt: skip
             self._step(indices, train, update)
@@ -421,21 +446,31 @@ class _Trainer:
 
     def _step(self, indices: NDArray[np.int64], errors: _Errors, update: Update) -> None:
         """Take one step on a batch, of which this process takes its share."""
-        own, clip_norm = self.group.share(indices), self.config.clip_norm
-        at_once = update if self.group.size == 1 and clip_norm is None else None
+        own = self.group.share(indices)
+        further = self.config.clip_norm, self.low_rank, self.replay
+        at_once = update if self.group.size == 1 and further == (None, None, None) else None
         if len(own) > 0:
             batch, energies, forces = self._batch(own)
             self.engine.loss_gradient(batch, energies, forces, errors.watch(self.loss, len(indices)), at_once)
         else:
             self.engine.gradient.zero_()
             errors.skip(self.engine.gradient, len(indices))
-        if at_once is not None:
-            return
-        self.group.sum_(self.engine.gradient)
-        if clip_norm is not None:
-            norm = torch.linalg.vector_norm(self.engine.gradient)
-            self.engine.gradient.mul_((clip_norm / norm).clamp(max=1.0))
+        if at_once is None:
+            self._finish_step(update)
+
+    def _finish_step(self, update: Update) -> None:
+        """Take a step with the gradient that the engine holds, and whatever else the settings ask for."""
+        if self.replay is not None:
+            self.replay.add_gradient(update.step, self.group)
+        if self.low_rank is not None:
+            self.low_rank.pull_back()
+        self.group.sum_(update.slope)
+        if self.config.clip_norm is not None:
+            norm = torch.linalg.vector_norm(update.slope)
+            update.slope.mul_((self.config.clip_norm / norm).clamp(max=1.0))
         apply(update)
+        if self.low_rank is not None:
+            self.low_rank.push()
 
     def _check_finite(self, errors: _Errors, state: _State) -> None:
         """Stop if the loss of a step was not a number; after an epoch, since a GPU would have to wait at every step."""
@@ -637,7 +672,8 @@ def _describe(model: Potential, dataset: Dataset, split: Split, config: Finetune
 def _later_settings(config: FinetuneConfig) -> set[str]:
     """Return the settings that did not exist once and that change nothing here."""
     unused = {"warm_start", "ridge"} if config.warm_start == "none" else set()
-    return unused | {name for name in ("batch_atoms", "richer") if getattr(config, name) is None}
+    later = ("batch_atoms", "richer", "rank", "replay")
+    return unused | {name for name in later if getattr(config, name) == FinetuneConfig.model_fields[name].default}
 
 
 def _weights_hash(model: Potential) -> str:
