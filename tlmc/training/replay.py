@@ -17,7 +17,6 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 from ase.collections import g2
-from torch import Tensor
 
 from tlmc.errors import ConfigError
 from tlmc.training.cache import Structure
