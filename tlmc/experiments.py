@@ -22,6 +22,7 @@ from tlmc.potentials.calculator import predict
 from tlmc.potentials.model import Potential
 from tlmc.splits import Split, SplitMethod, shrunk, split_dataset
 from tlmc.training.cache import build_cache
+from tlmc.training.distributed import Group
 from tlmc.training.finetune import FinetuneConfig, FinetuneResult, finetune, recipe, run_name
 from tlmc.training.kernels import kernels
 
@@ -56,6 +57,8 @@ def run_experiment(
     run_dir: Path | None = None,
     progress: bool | None = None,
     tensorboard: bool = False,
+    device: str = "cpu",
+    group: Group | None = None,
 ) -> Experiment:
     """Fine-tune on the training part, evaluate on the test part; an unfinished run goes on, a finished one is read.
 
@@ -72,8 +75,9 @@ def run_experiment(
         empty for no record.
     run_dir
         Folder of the run; by default one under ``reports/runs`` with a name that changes with every setting.
-    progress, tensorboard
-        As in :func:`tlmc.training.finetune.finetune`.
+    progress, tensorboard, device, group
+        As in :func:`tlmc.training.finetune.finetune`. Of a group, only the first process evaluates and records; the
+        others return without stages.
 
     Raises
     ------
@@ -84,7 +88,11 @@ def run_experiment(
     if n_train:
         parts = shrunk(parts, n_train, config.seed)
     folder = run_dir or reports_dir() / "runs" / run_name(model, dataset, parts, config)
-    result = finetune(model, dataset, parts, config, folder, progress=progress, tensorboard=tensorboard)
+    result = finetune(
+        model, dataset, parts, config, folder, progress=progress, tensorboard=tensorboard, device=device, group=group
+    )
+    if group is not None and not group.is_first:
+        return Experiment(dataset, parts, result, {}, folder)
     stages = before_and_after(model, {config.recipe: result.potential}, dataset, parts)
     content = {
         "run_id": result.run_id,
