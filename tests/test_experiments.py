@@ -83,15 +83,19 @@ def test_a_set_with_an_element_that_nobody_lends_is_refused_before_training(ani2
 
 
 def test_convergence_counts_processor_time(few, ani2xt):
-    settings = {"plain": {}, "ridge": {"warm_start": "ridge", "batch_size": 4}, "thesis": {"recipe": "thesis"}}
-    table = convergence(ani2xt, [few], 2, settings, epochs=2)
+    settings = {
+        "plain": {"epochs": 4},
+        "ridge": {"warm_start": "ridge", "batch_size": 4, "epochs": 5},
+        "thesis": {"recipe": "thesis", "epochs": 3},
+    }
+    table = convergence(ani2xt, [few], 2, settings, share=0.5)
     assert table.groupby(["dataset", "setting", "seed"])["epoch"].apply(list).tolist() == [[1, 2]] * 6
     for _, run in table.groupby(["setting", "seed"]):
         assert 0 < run["cpu_seconds"].iloc[0] < run["cpu_seconds"].iloc[1] < 300
     first = table[table["epoch"] == 1].groupby("setting")["validation_force_rmse_vector"].mean()
     assert first["ridge"] < first["plain"]
     # measured times and all: what is there is read, not run again
-    pd.testing.assert_frame_equal(convergence(ani2xt, [few], 2, settings, epochs=2), table)
+    pd.testing.assert_frame_equal(convergence(ani2xt, [few], 2, settings, share=0.5), table)
     with pytest.raises(ConfigError, match="lr"):
         convergence(ani2xt, [few], 1, {"wrong": {"lr": -1.0}})
 
@@ -118,8 +122,9 @@ def test_convergence_table_compares_run_by_run():
     ]
     table = convergence_table(pd.DataFrame(rows))
     assert list(table.index) == ["short", "half"]
-    assert table.loc["short", :"E (meV/atom)"].tolist() == pytest.approx([20.0, 0.2, 2.0])
-    assert table.loc["half", :"E (meV/atom)"].tolist() == pytest.approx([10.0, 0.4, 4.0])
+    assert table["epochs"].tolist() == [2, 2]
+    assert table.loc["short", "processor time (s)":"E (meV/atom)"].tolist() == pytest.approx([20.0, 0.2, 2.0])
+    assert table.loc["half", "processor time (s)":"E (meV/atom)"].tolist() == pytest.approx([10.0, 0.4, 4.0])
     assert table.loc["half", "time / short"] == pytest.approx(0.5)
     assert table.loc["half", ["F / short", "F / short, sd"]].tolist() == pytest.approx([2.0, 0.0])
     assert table.loc["half", ["E / short", "E / short, sd"]].tolist() == pytest.approx([2.0, np.log(4.0) / np.sqrt(2)])

@@ -242,12 +242,12 @@ def crystals_table(experiments: Mapping[tuple[str, str], Experiment]) -> pd.Data
 CONVERGENCE: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         # a plateau does not know how many epochs are to come: these are the first 30 of the protocol's 100
-        "thesis, 30 of 100 epochs": {"recipe": "thesis", "epochs": 30},
+        "thesis": {"recipe": "thesis", "epochs": 30},
         "short": {},
-        "short, 30 epochs": {"epochs": 30},
-        "short + ridge, 20 epochs": {"warm_start": "ridge", "lr": 1e-4, "warmup_epochs": 3, "epochs": 20},
-        "batch 4, 30 epochs": {"batch_size": 4, "lr": 6e-4, "warmup_epochs": 1, "epochs": 30},
-        "batch 4, EMA, 30 epochs": {
+        "short, half as long": {"epochs": 30},
+        "short + ridge": {"warm_start": "ridge", "lr": 1e-4, "warmup_epochs": 3, "epochs": 20},
+        "batch 4": {"batch_size": 4, "lr": 6e-4, "warmup_epochs": 1, "epochs": 30},
+        "batch 4 + EMA": {
             "batch_size": 4, "lr": 6e-4, "warmup_epochs": 1, "epochs": 30, "schedule": "constant", "ema_decay": 0.99,
         },
     }
@@ -262,9 +262,9 @@ def convergence(
     settings: Mapping[str, Mapping[str, Any]] = CONVERGENCE,
     *,
     first_seed: int = 0,
+    share: float = 1.0,
     split: SplitMethod = "random",
     progress: bool | None = None,
-    **changes: Any,
 ) -> pd.DataFrame:
     """Train with several settings and tell how the validation error falls with the processor time spent.
 
@@ -282,10 +282,15 @@ def convergence(
     settings
         Under each name the ``recipe`` (``"short"`` if not given) and what differs from it, e.g.
         ``{"ridge, batch 8": {"warm_start": "ridge", "batch_size": 8, "lr": 6e-4}}``.
+    share
+        Part of each setting's epochs (rounded, at least one) to train, for a trial of the whole; schedules end with it.
     split, progress
         As in :func:`run_experiment`.
-    **changes
-        For all settings, e.g. ``epochs=3``.
+
+    Raises
+    ------
+    DataError, ModelError, ConfigError
+        As the steps raise them; all settings are checked before the first training starts.
 
     Returns
     -------
@@ -293,12 +298,12 @@ def convergence(
         A row per epoch: ``dataset``, ``setting``, ``seed``, ``epoch``, ``cpu_seconds`` since the start of the run,
         ``validation_force_rmse_vector`` (eV/A) and ``validation_energy_rmse_per_atom`` (eV/atom).
     """
-    # all settings are checked before the first run starts
+    configs = {name: _shortened(setting, share) for name, setting in settings.items()}
     runs = [
-        (dataset, name, recipe(**({"name": "short", "seed": seed} | _named(setting) | changes)))
+        (dataset, name, config.model_copy(update={"seed": seed}))
         for seed in range(first_seed, first_seed + n_seeds)
         for dataset in datasets
-        for name, setting in settings.items()
+        for name, config in configs.items()
     ]
     tables = []
     for dataset, name, config in runs:
@@ -313,9 +318,11 @@ def convergence(
     return pd.concat(tables, ignore_index=True)
 
 
-def _named(setting: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `recipe` for an entry of the settings of `convergence`."""
-    return {("name" if key == "recipe" else key): value for key, value in setting.items()}
+def _shortened(setting: Mapping[str, Any], share: float) -> FinetuneConfig:
+    """Return the configuration of an entry of the settings of `convergence`, with a part of its epochs."""
+    changes = {key: value for key, value in setting.items() if key != "recipe"}
+    config = recipe(setting.get("recipe", "short"), **changes)
+    return config.model_copy(update={"epochs": max(1, round(share * config.epochs))})
 
 
 def _timed_history(
@@ -346,10 +353,10 @@ def convergence_table(table: pd.DataFrame, baseline: str = "short") -> pd.DataFr
     Returns
     -------
     pandas.DataFrame
-        A row per setting, in the order of the table. Geometric means over sets and seeds of processor time (s) and of
-        the validation errors after the last epoch (RMSE of the force vectors, eV/A, and of the energies, meV/atom);
-        then the same three relative to the baseline, the ratios of the errors each with the standard deviation of
-        its logarithm over sets and seeds (NaN with one run).
+        A row per setting, in the order of the table: epochs; geometric means over sets and seeds of processor time (s)
+        and of the validation errors after the last epoch (RMSE of the force vectors, eV/A, and of the energies,
+        meV/atom); then the same three relative to the baseline, the ratios of the errors each with the standard
+        deviation of its logarithm over sets and seeds (NaN with one run).
 
     Raises
     ------
@@ -368,6 +375,7 @@ def convergence_table(table: pd.DataFrame, baseline: str = "short") -> pd.DataFr
     logs = np.log(ends * [1.0, 1.0, 1000.0])
     ratios = logs - logs.loc[baseline].reindex(logs.droplevel("setting").index).to_numpy()
     result = np.exp(logs.groupby("setting").mean())
+    result.insert(0, "epochs", table.groupby("setting")["epoch"].max().astype(int))
     for name, column in zip(("time", "F", "E"), names.values(), strict=True):
         result[f"{name} / {baseline}"] = np.exp(ratios.groupby("setting")[column].mean())
         if name != "time":

@@ -28,7 +28,7 @@ from tlmc.plots.kernels import (
     two_classes,
     uncertainty_band,
 )
-from tlmc.plots.learning import error_against_time, learning_curve, learning_curves, validation_curves
+from tlmc.plots.learning import convergence, error_against_time, learning_curve, learning_curves, validation_curves
 from tlmc.plots.models import energy_volume, environment_vector
 from tlmc.plots.networks import (
     activations,
@@ -62,6 +62,7 @@ __all__ = [
     "atom_energies",
     "calibration",
     "committee_scan",
+    "convergence",
     "covariance_matrix",
     "curve_fits",
     "density_landscape",

@@ -207,3 +207,31 @@ def error_against_time(
     ax.set(xlabel="processor time (s)", ylabel=f"validation {_CURVES[quantity]}")
     ax.legend()
     return finish(ax)
+
+
+@styled
+def convergence(table: pd.DataFrame) -> Figure:
+    """Draw force (left) and energy errors (right) against processor time, a row of panels for each set.
+
+    Parameters
+    ----------
+    table
+        As :func:`tlmc.experiments.convergence` returns it.
+
+    Raises
+    ------
+    DataError
+        If the table is empty or lacks columns.
+    """
+    require_columns(table, "a figure of convergence needs", ["dataset", "setting"])
+    names = list(dict.fromkeys(table["dataset"]))
+    figure, axes = subplots(len(names), 2, width=2 * COLUMN, aspect=0.65)
+    for row, name in zip(axes, names, strict=True):
+        of_set = table[table["dataset"] == name]
+        error_against_time(of_set, row[0])
+        error_against_time(of_set, row[1], quantity="energy_rmse_per_atom")
+        for ax in row:
+            ax.get_legend().remove()
+        row[0].set_title(name.split("/")[-1], loc="left", fontweight="bold")
+    axes[0, 1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
