@@ -18,7 +18,9 @@ from tlmc.sampling import (
     LastLayerCommittee,
     LoopConfig,
     compare_strategies,
+    final_errors,
     labels_saved,
+    learn_in_order,
     mean_interval,
     run_loop,
     structures_needed,
@@ -64,7 +66,7 @@ class TestLoop:
         result = run_loop(learner, LabelledPool(pool), config, test)
         assert [len(done["train"]) for done in result.rounds][:3] == [3, 9, 15]
         for k, done in enumerate(result.rounds):
-            learner.fit(pool.subset(done["train"]), 0)
+            learner.fit(pool.subset(sorted(done["train"])), 0)
             errors = per_frame(pool, learner.predict(pool.frames).mean())["force_rmse_vector"].to_numpy()
             rest = np.setdiff1d(np.arange(60), done["train"] + done["gone"])
             assert done["bad_share"] == (errors[rest] > 0.1).sum() / 60
@@ -100,7 +102,7 @@ class TestLoop:
         result = run_loop(learner, LabelledPool(pool), LoopConfig(stop_share=0.0, drop_below=0.0, max_labels=32))
         ranks = []
         for done in result.rounds[:-1]:
-            learner.fit(pool.subset(done["train"]), 0)
+            learner.fit(pool.subset(sorted(done["train"])), 0)
             errors = per_frame(pool, learner.predict(pool.frames).mean())["force_rmse_vector"].to_numpy()
             rest = np.setdiff1d(np.arange(60), done["train"])
             ranks += [(errors[rest] < errors[j]).mean() for j in done["added"]]
@@ -113,7 +115,7 @@ class TestLoop:
         first, second = result.rounds[:2]
         assert first["scale"] == 1.0
         assert not first["dropped"]
-        learner.fit(pool.subset(first["train"]), 0)
+        learner.fit(pool.subset(sorted(first["train"])), 0)
         added = pool.subset(first["added"])
         said = learner.predict(added.frames)
         errors = per_frame(added, said.mean())["force_rmse_vector"]
@@ -202,6 +204,18 @@ class TestComparison:
         table = pd.DataFrame({"name": "a", "seed": 0, "n_labels": [1, 2, 3, 4], "force_rmse_vector": [4, 1, 3, 1]})
         assert structures_needed(table, 2.0)["mean"][0] == pytest.approx(3.5)
 
+    def test_a_target_of_its_own_for_every_seed(self):
+        needed = structures_needed(self.table(), {0: 4.0, 1: 6.0}).set_index("name")
+        assert needed.loc["a", "mean"] == pytest.approx((20 + 20) / 2)
+        # 6 -> 2 between 30 and 40; 7 -> 5 between 20 and 30
+        assert needed.loc["b", "mean"] == pytest.approx((35 + 25) / 2)
+        assert labels_saved(self.table(), pd.Series({0: 4.0, 1: 6.0}), "a", than="b")[0] == pytest.approx(10)
+
+    def test_final_errors_are_those_with_the_most_labels(self):
+        table = self.table()
+        table.loc[(table["seed"] == 1) & (table["n_labels"] == 40) & (table["name"] == "b"), "force_rmse_vector"] = 3
+        assert final_errors(table).to_dict() == {0: 1.5, 1: 2.0}
+
     def test_savings_are_paired(self):
         mean, lower, upper = labels_saved(self.table(), 3.0, "a", than="b")
         differences = [37.5 - 25, 30 + 20 / 3 - 27.5]
@@ -231,8 +245,36 @@ class TestComparison:
         np.testing.assert_array_equal(first["error"], first["random"])
         assert first["error"].nunique() == 2
 
+    def test_all_ways_through_a_pool_end_with_one_model(self, learner, data, tmp_path):
+        pool, test = LabelledPool(data[0].subset(range(12))), data[1]
+        configs = {
+            name: LoopConfig(name, start_share=0.2, add_share=0.4, drop_below=0.0, stop_share=0.0)
+            for name in ("committee", "random")
+        }
+        table = compare_strategies(lambda: learner, [(pool, test), (pool, test)], configs)
+        counts = table["n_labels"].unique().tolist()
+        assert counts == [2, 7, 12]
+        order = default_rng(0).permutation(12)
+        for seed, whole in final_errors(table).items():
+            runs = table[(table["seed"] == seed) & (table["n_labels"] == 12)]
+            assert (runs["force_rmse_vector"] == whole).all()
+            along = learn_in_order(learner, pool, order, counts, test, seed)
+            assert along["force_rmse_vector"].iloc[-1] == whole
+            learner.fit(data[0].subset(np.sort(order[:7])), seed)
+            errors = evaluate(test, learner.predict(test.frames).mean())
+            for quantity in ("force_rmse_vector", "energy_rmse_per_atom"):
+                assert along[quantity].iloc[1] == pytest.approx(errors[quantity].value, rel=1e-12)
+        assert not structures_needed(table, 1.1 * final_errors(table))["missed"].any()
+
 
 class TestRefusals:
+    def test_orders(self, learner, data):
+        pool = LabelledPool(data[0].subset(range(4)))
+        with pytest.raises(ConfigError, match="an order must name each structure once"):
+            learn_in_order(learner, pool, [1, 2, 1], [2], data[1], 0)
+        with pytest.raises(ConfigError, match=r"sizes must lie in 1 to 3, got \[2, 4\]"):
+            learn_in_order(learner, pool, [1, 2, 0], [2, 4], data[1], 0)
+
     @pytest.mark.parametrize(
         ("wrong", "sentence"),
         [

@@ -22,6 +22,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tlmc import cli
+from tlmc.datasets import load_dataset
 from tlmc.evaluation.records import read_records
 from tlmc.potentials.calculator import predict
 from tlmc.training.checkpoint import load_model
@@ -145,7 +146,7 @@ class TestFinetune:
             (["--set", "lambda=1"], "recipe short: lambda = 1: Extra inputs are not permitted"),
             (["--set", "lambda_=2"], "recipe short: lambda_ = 2: Input should be less than or equal to 1"),
             (["--set", "lambda_"], "--set takes NAME=VALUE, got 'lambda_'"),
-            (["--recipe", "long"], "there is no recipe 'long': choose one of thesis, short, quick, scratch, frozen"),
+            (["--recipe", "long"], "there is no recipe 'long': choose one of thesis, short, quick, scratch, frozen, rich"),
             (["--epochs", "0"], "epochs = 0: Input should be greater than or equal to 1"),
             (["--map", "Si"], "--map takes NAME=VALUE, got 'Si'"),
             (["--map", "Si=Xx"], "cannot map Si onto 'Xx'"),
@@ -297,6 +298,23 @@ class TestLabel:
         assert sentence in error
 
 
+class TestPeer:
+    def test_published_weights(self, tlmc, data, monkeypatch):
+        pytest.importorskip("sevenn", reason="needs sevenn: pip install 'tlmc[peer]'", exc_type=ModuleNotFoundError)
+        monkeypatch.setenv("TLMC_REPORTS_DIR", str(data.parent / "reports"))
+        code, text, _ = tlmc("-q", "peer", data, "--record", "mine")
+        assert code == 0
+        assert "methanol: errors on 4 test frames, trained on 14" in text
+        assert set(read_records(data.parent / "reports" / "metrics")["recipe"]) == {"sevennet, unmodified"}
+
+    def test_wrong_input_gets_one_sentence(self, tlmc, data, monkeypatch):
+        monkeypatch.setattr("tlmc.peer.sevennet.is_installed", lambda: False)
+        code, _, text = tlmc("-q", "peer", data)
+        assert (code, text) == (2, "SevenNet-0 needs the package sevenn: pip install 'tlmc[peer]'")
+        code, _, text = tlmc("-q", "peer", data, "--lr", 0)
+        assert (code, text) == (2, "peer: lr = 0.0: Input should be greater than 0")
+
+
 class TestStudy:
     def test_unknown_profile_and_parameter(self, tlmc, tmp_path, monkeypatch):
         (tmp_path / "notebooks").mkdir()
@@ -311,13 +329,53 @@ class TestStudy:
         assert "holds no notebooks/ folder: set TLMC_ROOT to the checkout of tlmc" in error
 
 
+class TestCaseStudy:
+    """Trainings and tables are those of `test_casestudy`; here is what the command makes of its arguments."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        folder = tmp_path / "own"
+        folder.mkdir()
+        dataset = load_dataset("33-like").crystals().subset(range(0, 141, 14))
+        frames = []
+        for k, frame in enumerate(dataset.frames):
+            frames.append(frame.copy())
+            frames[-1].calc = SinglePointCalculator(frame, energy=dataset.energies[k], forces=dataset.forces[k])
+        ase.io.write(folder / "33.traj", frames)
+        return folder
+
+    def test_tables_and_figures_of_a_folder(self, tlmc, folder, tmp_path, monkeypatch):
+        monkeypatch.setenv("TLMC_REPORTS_DIR", str(tmp_path / "reports"))
+        code, text, _ = tlmc("casestudy", folder, "--epochs", 1, "--sizes", "4", "--record", "mine")
+        assert code == 0
+        assert "fine-tuned" in text
+        assert "0.0924" in text
+        assert (tmp_path / "reports" / "tables" / "mine_sizes.csv").is_file()
+        assert (tmp_path / "reports" / "figures" / "mine_parity_33.png").is_file()
+
+    def test_wrong_arguments_get_one_sentence(self, tlmc, folder, tmp_path):
+        assert tlmc("casestudy", folder, "--sizes", "4,x")[0::2] == (
+            2,
+            "a number of training frames must be a positive integer, got 'x'",
+        )
+        code, _, error = tlmc("casestudy", tmp_path)
+        assert code == 2
+        assert "holds no trajectory" in error
+        (folder / "34.traj").write_bytes(b"x")
+        code, _, error = tlmc("study", "--data", folder)
+        assert code == 2
+        assert "34.traj: ASE cannot read it" in error
+
+
 class TestCommon:
     def test_help_names_the_environment(self, tlmc):
         _, text, _ = tlmc("--help")
         for name in ("TLMC_DATA_DIR", "TORCHANI_DATA_DIR", "TLMC_CACHE_DIR", "TLMC_REPORTS_DIR", "TLMC_THREADS"):
             assert name in text
 
-    @pytest.mark.parametrize("command", ["study", "finetune", "evaluate", "fetch", "info", "label"])
+    @pytest.mark.parametrize(
+        "command", ["study", "finetune", "casestudy", "evaluate", "fetch", "info", "label", "peer"]
+    )
     def test_every_command_shows_examples(self, tlmc, command):
         code, text, _ = tlmc(command, "--help")
         assert code == 0

@@ -1,22 +1,13 @@
 from __future__ import annotations
 
-import ase.io
 import numpy as np
 import pandas as pd
 import pytest
-from ase.calculators.singlepoint import SinglePointCalculator
 
 from tlmc.datasets import load_dataset
-from tlmc.errors import ConfigError, ModelError
+from tlmc.errors import ConfigError
 from tlmc.evaluation import read_records
-from tlmc.experiments import (
-    CONVERGENCE,
-    convergence,
-    convergence_table,
-    crystals_table,
-    run_crystals,
-    run_recipes,
-)
+from tlmc.experiments import CONVERGENCE, convergence, convergence_table, run_recipes
 from tlmc.training import recipe
 
 
@@ -47,38 +38,6 @@ def test_a_finished_run_is_read_and_not_repeated(few, ani2xt):
 def test_wrong_settings_are_refused_before_anything_runs(few, ani2xt, tmp_path):
     with pytest.raises(ConfigError, match="there is no recipe 'long'"):
         run_recipes(ani2xt, few, ["short", "long"], 1, epochs=1)
-    assert not list(tmp_path.rglob("run.json"))
-
-
-def test_sets_are_trained_on_once_for_each_way_to_borrow(few, ani2xt, tmp_path):
-    salt = load_dataset("27-like").subset(range(0, 146, 12))
-    files = {}
-    for name, dataset in (("salt", salt), ("few", few)):
-        frames = []
-        for k, frame in enumerate(dataset.frames):
-            frames.append(frame.copy())
-            frames[-1].calc = SinglePointCalculator(frame, energy=dataset.energies[k], forces=dataset.forces[k])
-        files[name] = str(tmp_path / f"{name}.extxyz")
-        ase.io.write(files[name], frames)
-    found = run_crystals(ani2xt, list(files.values()), epochs=2, study="trial")
-    assert list(found) == [("salt", "relabel"), ("salt", "extend"), ("few", "")]
-    relabelled, extended = found["salt", "relabel"], found["salt", "extend"]
-    np.testing.assert_array_equal(relabelled.split.test, extended.split.test)
-    start = [e.stages["start, offset refitted"].metrics["force_rmse_vector"].value for e in (relabelled, extended)]
-    assert start[0] == pytest.approx(start[1], rel=1e-5)
-    assert extended.result.potential.symbols[-2:] == ("Si", "I")
-    table = crystals_table(found)
-    assert table.index.names == ["crystal", "borrowing"]
-    row = table.loc["salt", "extend"]
-    metrics = extended.stages["short, extend"].metrics
-    assert row["F tuned (eV/A)"] == metrics["force_rmse_vector"].value
-    assert row["F start / tuned"] == pytest.approx(row["F start (eV/A)"] / row["F tuned (eV/A)"])
-    assert set(read_records(study="trial")["recipe"]) >= {"short", "short, relabel", "short, extend"}
-
-
-def test_a_set_with_an_element_that_nobody_lends_is_refused_before_training(ani2xt, few, tmp_path):
-    with pytest.raises(ModelError, match="Si"):
-        run_crystals(ani2xt, ["naphthalene", "27-like"], donors={"I": "Cl"}, epochs=1)
     assert not list(tmp_path.rglob("run.json"))
 
 

@@ -146,8 +146,9 @@ def test_one_epoch_equals_the_thesis_loop_on_torchani():
         {"schedule": "plateau", "plateau_patience": 0},
         {"layers": "hidden"},
         {"warmup_epochs": 1.5, "clip_norm": 0.1, "loss": "huber", "keep": "best"},
+        {"richer": {"parameters": {"r_cut": 3.0, "n_max": 2, "l_max": 2}}},
     ],
-    ids=["plain", "ema", "plateau", "hidden", "all options"],
+    ids=["plain", "ema", "plateau", "hidden", "all options", "richer"],
 )
 def test_interrupted_run_ends_with_the_same_weights(tmp_path, monkeypatch, changes):
     data, config = labelled(), quick(epochs=5, **changes)
@@ -176,6 +177,20 @@ def test_interrupted_run_ends_with_the_same_weights(tmp_path, monkeypatch, chang
     again = finetune(student(), data, parts, config, tmp_path / "run")
     assert same_weights(again.potential, whole.potential)
     assert again.best_epoch == whole.best_epoch
+
+
+def test_richer_columns_are_fitted_on_the_training_part_and_learn():
+    data = labelled()
+    parts = split_dataset(data, seed=0)
+    settings = {"parameters": {"r_cut": 3.0, "n_max": 2, "l_max": 2}, "scale": 0.3}
+    plain, richer = (finetune(student(), data, parts, quick(richer=value)).potential for value in (None, settings))
+    assert plain.enrichment is None
+    assert richer.enrichment.parameters["species"] == ["C", "H", "O"]
+    train = torch.cat([richer.enrichment.columns(data.frames[k]) for k in parts.train])
+    assert train.mean(0).abs().max() < 1e-9
+    assert richer.networks["C"][0].weight[:, plain.n_columns :].abs().max() > 1e-3
+    with pytest.raises(ConfigError, match=r"richer.compression = 'zip'"):
+        quick(richer={"compression": "zip"})
 
 
 def test_killed_process_resumes_to_the_same_weights(tmp_path):
@@ -325,7 +340,7 @@ def test_divergence_is_named():
 
 
 def test_unknown_and_wrong_settings():
-    with pytest.raises(ConfigError, match="no recipe 'best': choose one of thesis, short, quick, scratch, frozen"):
+    with pytest.raises(ConfigError, match="no recipe 'best': choose one of thesis, short, quick, scratch, frozen, rich"):
         recipe("best")
     with pytest.raises(ConfigError, match="recipe short: learning_rate = 0.1: Extra inputs are not permitted"):
         recipe("short", learning_rate=0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import yaml
 from nbformat import v4
 
 from tlmc import profiles
+from tlmc.casestudy import THESIS_TABLE
 from tlmc.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,6 +83,47 @@ def problems_of_cell(cell: Any) -> list[str]:
     return found
 
 
+# "0.06967 against 0.06730 eV/Å", "0.2 to 0.4 eV/atom", "0.01 eV per molecule"; not the eV/Å² of a spring constant
+RESULT = re.compile(
+    r"(?:(?<![\w.$])(\d+(?:\.\d+)?) (?:to|against|and) )?(?<![\w.$])(\d+(?:\.\d+)?) ?"
+    r"(?:m?eV/(?:atom|Å|A|molecule)(?![\w²^])|m?eV per (?:atom|molecule)|kJ/mol)"
+)
+TABLES = {f"{value:.5f}" for row in THESIS_TABLE.values() for pair in row.values() for value in pair}
+QUOTED = TABLES | {
+    # thesis, tables 4.2 to 4.5; its data (section 4.1: spans, groups, usual and largest forces); its marks of usable
+    *("0.27907", "0.07823", "0.06967", "0.06804", "0.07065", "0.90252", "0.26778", "0.00092", "0.00148", "0.00158"),
+    *("0.15", "0.05", "2", "17", "0.2", "0.4", "0.01"),
+    # 0.01 eV in kJ/mol, and Nyman & Day 2015 on pairs of polymorphs
+    *("1", "2"),
+}
+"""Numbers with a unit of results that prose may quote from elsewhere, as printed there."""
+
+
+def numbers_in_prose(notebook: Any) -> list[str]:
+    """Return the energies and forces that markdown states, up to the questions, which invent numbers to reckon with."""
+    found = []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            text, questions, _ = cell.source.partition("## Questions")
+            found += [number for match in RESULT.findall(text) for number in match if number]
+            if questions:
+                break
+    return found
+
+
+def reported_numbers() -> set[str]:
+    """Return all results of the reference run, with three to five significant digits, in eV and meV."""
+    values: list[float] = []
+    todo: list[Any] = [json.loads(path.read_text()) for path in (ROOT / "reports" / "metrics").glob("*.json")]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, dict | list):
+            todo += item.values() if isinstance(item, dict) else item
+        elif isinstance(item, float):
+            values.append(item)
+    return {f"{factor * value:.{n}g}" for value in values for factor in (1, 1000) for n in (3, 4, 5)}
+
+
 def test_there_are_notebooks():
     assert NOTEBOOKS
 
@@ -89,6 +132,10 @@ def test_there_are_notebooks():
 class TestEveryNotebook:
     def test_keeps_the_rules(self, path):
         assert problems(nbformat.read(path, as_version=4), path.stem) == []
+
+    def test_numbers_in_its_prose_are_quoted_or_reported(self, path):
+        stated = set(numbers_in_prose(nbformat.read(path, as_version=4))) - QUOTED
+        assert stated <= (reported_numbers() if stated else set())
 
     def test_is_valid_and_named_by_number(self, path):
         nbformat.validate(nbformat.read(path, as_version=4))
@@ -154,6 +201,12 @@ def with_source(notebook: Any, source: str) -> None:
 
 
 class TestTheRulesThemselves:
+    def test_numbers_in_prose_are_found(self):
+        notebook = good_notebook()
+        notebook.cells[0].source = "From 0.061 to 0.06730 eV/Å, 1.25 meV/atom, a spring of 30 eV/Å², 0.9 of all."
+        notebook.cells[2].source = "## Questions\n\nAn error of 0.77 eV/Å?"
+        assert numbers_in_prose(notebook) == ["0.061", "0.06730", "1.25"]
+
     def test_a_good_notebook_passes(self):
         assert problems(good_notebook(), "07_x") == []
 

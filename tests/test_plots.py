@@ -606,15 +606,17 @@ class TestErrorAgainstTime:
         with pytest.raises(DataError, match="error against time needs columns"):
             plots.error_against_time(self.table().drop(columns="cpu_seconds"))
 
-    def test_a_row_of_panels_for_each_set_and_one_legend(self):
-        table = pd.concat([self.table().assign(dataset=name) for name in ("public/urea", "benzene")])
-        figure = plots.convergence(table)
-        assert [ax.get_title(loc="left") for ax in figure.axes] == ["urea", "", "benzene", ""]
-        assert [ax.get_legend() is None for ax in figure.axes] == [True, False, True, True]
+    def test_a_column_of_panels_per_data_set(self):
+        figure = plots.error_against_time_panels({"urea": self.table(), "ammonia": self.table()})
+        assert [ax.get_title() for ax in figure.axes] == ["urea", "ammonia", "", ""]
+        assert [ax.get_ylabel() for ax in figure.axes[::2]] == [
+            "validation force RMSE, vector (eV/Å)",
+            "validation energy RMSE (meV/atom)",
+        ]
+        assert [ax.get_legend() is not None for ax in figure.axes] == [False, True, False, False]
         assert legend(figure.axes[1]) == ["plain", "ridge"]
-        assert figure.axes[3].get_ylabel() == "validation energy RMSE (meV/atom)"
-        with pytest.raises(DataError, match="convergence needs columns dataset and setting"):
-            plots.convergence(self.table())
+        with pytest.raises(DataError, match="at least one table, got none"):
+            plots.error_against_time_panels({})
 
 
 class TestErrorAgainstForce:

@@ -104,6 +104,7 @@ class TestActiveLearning:
         assert legend(ax) == ["committee (3 seeds)", "random (3 seeds)"]
         np.testing.assert_allclose(ax.lines[0].get_ydata(), 2.0 / np.array([2, 4, 8]))
         _, lower, upper = sampling.mean_interval(np.array([1.0, 2.0, 3.0]) / 2)
+        assert len(ax.lines) == 2 * 3 + 1
         vertices = ax.collections[0].get_paths()[0].vertices
         at_two = vertices[vertices[:, 0] == 2, 1]
         assert (at_two.min(), at_two.max()) == pytest.approx((lower, upper))
@@ -113,6 +114,26 @@ class TestActiveLearning:
         table = self.table().drop(index=2)
         assert plots.active_learning(table).lines[0].get_xdata().tolist() == [2, 4]
 
+    def test_two_seeds_are_drawn_without_a_band(self):
+        table = self.table()
+        ax = plots.active_learning(table[table["seed"] < 2])
+        assert not ax.collections
+        np.testing.assert_allclose(ax.lines[2].get_ydata(), 2.0 / np.array([2, 4, 8]))
+
+    def test_labels_needed_for_each_error(self):
+        rows = [sampling.structures_needed(self.table(), level).assign(level=level) for level in (0.8, 0.01, 1.0)]
+        ax = plots.labels_needed(pd.concat(rows))
+        assert legend(ax) == ["committee", "random"]
+        # sorted by the error, and the smallest is reached by nobody
+        assert ax.lines[0].get_xdata().tolist() == [0.8, 1.0]
+        assert ax.lines[0].get_ydata().tolist() == [rows[0]["mean"][0], rows[2]["mean"][0]]
+        vertices = ax.collections[1].get_paths()[0].vertices
+        assert vertices[:, 1].min() == rows[2]["lower"][1] < rows[2]["mean"][1]
+        assert ax.get_xlim() == (1.0, 0.01)
+        assert not plots.labels_needed(pd.concat(rows).assign(n_seeds=2)).collections
+
     def test_missing_columns(self):
+        with pytest.raises(DataError, match="labels needed need columns level"):
+            plots.labels_needed(self.table())
         with pytest.raises(DataError, match="active learning needs columns name, seed, n_labels and force_rmse"):
             plots.active_learning(pd.DataFrame())

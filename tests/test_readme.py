@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -45,3 +46,28 @@ def test_commands_it_shows_exist():
     help_text = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"\bmake ([a-z]+)", README)):
         assert re.search(rf"^{target}:", help_text, re.MULTILINE), target
+
+
+LAPTOP = ROOT / "reports" / "metrics" / "study_laptop.json"
+
+
+def spoken(seconds: float) -> str:
+    """A run time as the README says it: to five seconds below a minute, else to whole minutes."""
+    return f"{max(5, 5 * round(seconds / 5))} s" if seconds < 57.5 else f"{round(seconds / 60)} min"
+
+
+@pytest.mark.skipif(not LAPTOP.is_file(), reason="no run of profile laptop is committed that says its times")
+def test_run_times_are_those_of_the_reference_run():
+    run = json.loads(LAPTOP.read_text())
+    rows = dict(re.findall(r"^\| `(\d\d_\w+)` \|.*\| ([^|]+) \|$", README, re.MULTILINE))
+    times = {notebook["name"]: spoken(notebook["seconds"]) for notebook in run["notebooks"]}
+    assert {name: rows.get(name) for name in times} == times
+    [total] = re.findall(r"leaves reports/index.html, in (\d+) minutes on 2 cores", README)
+    assert f"{total} min" == spoken(run["seconds"])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(1, "5 s"), (16, "15 s"), (18, "20 s"), (56, "55 s"), (59, "1 min"), (202, "3 min")]
+)
+def test_times_are_rounded(seconds, text):
+    assert spoken(seconds) == text

@@ -11,13 +11,16 @@ import sys
 import time
 from pathlib import Path
 
+import ase.io
 import nbformat
 import pytest
+from ase.calculators.singlepoint import SinglePointCalculator
 from nbformat import v4
 from processes import heed_interrupts
 
 from tlmc import outcomes, profiles, study
-from tlmc.errors import ConfigError, StudyError
+from tlmc.datasets import load_dataset
+from tlmc.errors import ConfigError, DataError, StudyError
 from tlmc.evaluation.records import append_records
 from tlmc.provenance import package_versions
 
@@ -300,6 +303,11 @@ class TestReport:
             assert f"{name} {version}" in page
         recorded = json.loads((root / "out" / "metrics" / "01.json").read_text())
         assert recorded["git_revision"] in page
+        summary = json.loads((root / "out" / "metrics" / "study_quick.json").read_text())
+        assert [notebook["name"] for notebook in summary["notebooks"]] == ["01_first", "02_second"]
+        assert summary["seconds"] == pytest.approx(sum(n["seconds"] for n in summary["notebooks"]), abs=0.06)
+        for notebook in summary["notebooks"]:
+            assert f'<td class="number">{notebook["seconds"]:.0f}</td>' in page
 
     def test_what_has_not_run_is_said(self, root):
         page = study.run_study("quick", ["02"]).read_text()
@@ -311,6 +319,71 @@ class TestReport:
         page = study.run_study("quick", ["02"]).read_text()
         assert "&lt;script&gt;" in page
         assert "<script>" not in page
+
+
+class TestOwnData:
+    """``tlmc study --data FOLDER``, on notebooks that say what they were given."""
+
+    @pytest.fixture
+    def checkout(self, root):
+        parameters = 'start_model = "ani2xt"\ndataset = "naphthalene"\nelement_map = ""\n{}'
+        write_notebook(
+            root / "notebooks", "05_data", parameters.format('others = "27-like"'), answer="[dataset, others]"
+        )
+        # the thesis' layout: a crystal with silicon and iodine, and its number 32
+        write_notebook(
+            root / "notebooks",
+            "09_all",
+            parameters.format('crystals = "27-like"'),
+            answer="[dataset, crystals, element_map]",
+        )
+        for name in ("05_data", "09_all"):
+            (root / "notebooks" / "profiles" / "quick" / f"{name}.yml").write_text("")
+        return root
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        folder = tmp_path / "crystals of mine"
+        folder.mkdir()
+        for name, number in (("27-like", 32), ("33-like", 33)):
+            dataset = load_dataset(name).crystals().subset(range(0, 130, 13))
+            frames = []
+            for k, frame in enumerate(dataset.frames):
+                frames.append(frame.copy())
+                frames[-1].calc = SinglePointCalculator(frame, energy=dataset.energies[k], forces=dataset.forces[k])
+            ase.io.write(folder / f"{number}.traj", frames)
+        return folder
+
+    def test_notebooks_about_data_are_given_the_folder(self, checkout, folder):
+        page = study.run_study("quick", data=folder)
+        reports = checkout / "out" / "own" / "crystals of mine"
+        assert page == reports / "index.html"
+        first, second = str(folder / "32.traj"), str(folder / "33.traj")
+        assert json.loads((reports / "metrics" / "05.json").read_text())["metrics"]["answer"] == [first, second]
+        answer = json.loads((reports / "metrics" / "09.json").read_text())["metrics"]["answer"]
+        assert answer == [first, str(folder), "Si=C, I=Cl"]
+        # 01 and 02 are about other things
+        assert not (reports / "metrics" / "01.json").exists()
+        summary = json.loads((reports / "metrics" / "study_quick.json").read_text())
+        assert [facts["name"] for facts in summary["datasets"]] == ["32", "33"]
+        assert all(facts["hash"] in page.read_text() for facts in summary["datasets"])
+
+    def test_changed_data_are_studied_again(self, checkout, folder):
+        study.run_study("quick", ["09"], data=folder)
+        reports = checkout / "out" / "own" / "crystals of mine"
+        first = outcomes.read_record(reports, "quick", "09_all")
+        study.run_study("quick", ["09"], data=folder)
+        assert outcomes.read_record(reports, "quick", "09_all") == first
+        frames = ase.io.read(folder / "33.traj", ":-1")
+        ase.io.write(folder / "33.traj", frames)
+        study.run_study("quick", ["09"], data=folder)
+        assert outcomes.read_record(reports, "quick", "09_all").inputs != first.inputs
+
+    def test_a_bad_file_is_said_in_one_sentence_before_anything_runs(self, checkout, folder):
+        (folder / "28.traj").write_bytes(b"- of Ulm")
+        with pytest.raises(DataError, match=r"28\.traj: ASE cannot read it"):
+            study.run_study("quick", data=folder)
+        assert not list((checkout / "out").rglob("*.ipynb"))
 
 
 class TestWriteMetrics:

@@ -146,6 +146,10 @@ def study(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Reports folder.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Also run notebooks that are complete and unchanged.")] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A folder of labelled trajectories, 27.traj, 28.traj, ...: notebooks 05 to 09 study them."),
+    ] = None,
 ) -> None:
     """Run the notebooks of a profile headless and write the report, reports/index.html.
 
@@ -159,11 +163,13 @@ def study(
     tlmc study --profile smoke --notebook 07
 
     tlmc study -n 07 -p dataset=my.extxyz -p epochs=30 --output my-report
+
+    tlmc study --data my-crystals
     """
     from tlmc.study import run_study
 
     parameters = {key: yaml.safe_load(value) for key, value in _pairs(parameter, "--parameter").items()}
-    index = run_study(profile, notebook, parameters=parameters, output=output, force=force)
+    index = run_study(profile, notebook, parameters=parameters, output=output, force=force, data=data)
     out.print(f"report: {index}", soft_wrap=True)
 
 
@@ -171,7 +177,7 @@ def study(
 def finetune(
     dataset: Annotated[str, typer.Argument(help="Name (tlmc fetch --list) or any file that ASE reads.")],
     start_model: Annotated[str, typer.Option(help="ani2x, ani2xt, or a model.safetensors to go on from.")] = "ani2xt",
-    recipe: Annotated[str, typer.Option(help="thesis, short, quick, scratch or frozen.")] = "short",
+    recipe: Annotated[str, typer.Option(help="thesis, short, quick, rich, scratch or frozen.")] = "short",
     seed: Annotated[int, typer.Option(min=0, help="Of the split and of the training.")] = 0,
     epochs: Annotated[int | None, typer.Option(help="Default: the recipe's.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Structures per step. Default: the recipe's.")] = None,
@@ -229,6 +235,77 @@ def finetune(
     title = f"{data.name}: errors on {len(experiment.test)} test frames, trained on {len(experiment.split.train)}"
     _print_metrics(title, {name: stage.metrics for name, stage in experiment.stages.items()})
     out.print(f"run: {experiment.run_dir}", soft_wrap=True)
+
+
+@app.command()
+def casestudy(
+    crystals: Annotated[str, typer.Argument(help="A folder of trajectories, or names and files parted by commas.")],
+    start_model: Annotated[Literal["ani2x", "ani2xt"], typer.Option(help="Start model.")] = "ani2xt",
+    recipe: Annotated[str, typer.Option(help="thesis, short, scratch or frozen.")] = "short",
+    seeds: Annotated[int, typer.Option(min=1, help="Splits and trainings per crystal.")] = 1,
+    epochs: Annotated[int | None, typer.Option(help="Default: the recipe's.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of FinetuneConfig.")
+    ] = None,
+    mapped: Mapped = None,
+    borrow: Annotated[
+        Literal["relabel", "extend", "both"],
+        typer.Option(help="How elements that the start model lacks are borrowed; one model for several takes relabel."),
+    ] = "relabel",
+    sizes: Annotated[str, typer.Option(help="Numbers of training frames for learning curves, e.g. 20,40.")] = "",
+    shared: Annotated[bool, typer.Option("--shared", help="Also train one model for all crystals.")] = False,
+    left_out: Annotated[str, typer.Option(help="Crystals to leave out of a shared model in turn, or all.")] = "",
+    folds: Annotated[int, typer.Option(min=0, help="Leave packings out in so many folds; 0 for not at all.")] = 0,
+    study_name: Annotated[
+        str, typer.Option("--record", metavar="STUDY", help="Name of the record and begin of all file names.")
+    ] = "casestudy",
+) -> None:
+    """Fine-tune on each of several crystals: error tables, parity plots and rankings, as in chapter 4 of the thesis.
+
+    Elements that the start model lacks are borrowed as in the thesis (Si from C, I from Cl, Cu from S); --map adds
+    others. All files are checked before the first training. What is trained already is read, so an interrupted call
+    goes on where it was. Tables, figures and metrics go to the reports folder.
+
+    [bold]Examples[/bold]
+
+    tlmc casestudy my-crystals
+
+    tlmc casestudy molcrys-mace/21_urea,molcrys-mace/06_benzene --start-model ani2x --seeds 3 --shared --record public
+    """
+    import matplotlib as mpl
+
+    # no window, whatever the shell's backend is
+    mpl.use("Agg")
+    from tlmc.casestudy import CaseStudy, format_errors, load_crystals, sources, write_results
+    from tlmc.potentials.pretrained import load_start_model
+    from tlmc.potentials.transfer import THESIS_DONORS
+
+    changes = {key: yaml.safe_load(value) for key, value in _pairs(setting, "--set").items()}
+    case = CaseStudy(
+        load_start_model(start_model),
+        load_crystals(sources(crystals)),
+        recipe,
+        changes if epochs is None else changes | {"epochs": epochs},
+        borrowings=("relabel", "extend") if borrow == "both" else (borrow,),
+        donors={**THESIS_DONORS, **_pairs(mapped, "--map")},
+        seeds=tuple(range(seeds)),
+        study=study_name,
+    )
+    table = write_results(
+        case,
+        study_name,
+        sizes=[_whole_number(part) for part in sizes.split(",") if part.strip()],
+        shared=shared,
+        left_out=[part.strip() for part in left_out.split(",") if part.strip()],
+        n_folds=folds,
+    )
+    text = format_errors(table)
+    columns = [*map(str, text.index.names), *(Column(name, justify="right") for name in text.columns)]
+    shown = Table(*columns, title="RMSE, test part")
+    for key, row in zip(text.index, text.to_numpy(), strict=True):
+        shown.add_row(*key, *row)
+    out.print(shown)
+    out.print(f"tables and figures: {reports_dir()}", soft_wrap=True)
 
 
 @app.command()
@@ -430,6 +507,44 @@ def label(
     )
 
 
+@app.command()
+def peer(
+    datasets: Annotated[list[str], typer.Argument(help="Names (tlmc fetch --list) or any files that ASE reads.")],
+    epochs: Annotated[int, typer.Option(min=0, help="Fine-tune for so long; 0 evaluates the published weights.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Structures per step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate at the start.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the split and of the training.")] = 0,
+    crystals_only: Annotated[bool, typer.Option("--crystals-only", help="Leave isolated molecules out.")] = False,
+    study_name: Annotated[
+        str | None, typer.Option("--record", metavar="STUDY", help="Add the test errors to metrics/summary.parquet.")
+    ] = None,
+) -> None:
+    r"""Evaluate or fine-tune SevenNet-0, a network trained on inorganic crystals, on our splits, for comparison.
+
+    Needs pip install 'tlmc\[peer]'. Its energy offset is fitted on the training part. A fine-tuning takes minutes per
+    epoch on a CPU; one that was interrupted goes on from its last epoch. Runs are kept under <reports>/runs.
+
+    [bold]Examples[/bold]
+
+    tlmc peer naphthalene
+
+    tlmc peer molcrys-mace/21_urea molcrys-mace/04_ammonia --crystals-only --epochs 8 --record peer
+    """
+    from tlmc.datasets import load_dataset
+    from tlmc.peer import peer_config, run_peer
+
+    given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
+    config = peer_config(**{name: value for name, value in given.items() if value is not None})
+    # all are read before the first run starts
+    for data in [load_dataset(name) for name in datasets]:
+        if crystals_only:
+            data = data.crystals()
+        run = run_peer(data, config, study=study_name or "")
+        title = f"{data.name}: errors on {len(run.split.test)} test frames, trained on {len(run.split.train)}"
+        _print_metrics(title, {name: stage.metrics for name, stage in run.stages.items()})
+        out.print(f"run: {run.run_dir}", soft_wrap=True)
+
+
 def _pairs(items: list[str] | None, option: str) -> dict[str, str]:
     """Split NAME=VALUE arguments."""
     pairs = {}
@@ -439,6 +554,12 @@ def _pairs(items: list[str] | None, option: str) -> dict[str, str]:
             raise ConfigError(f"{option} takes NAME=VALUE, got {item!r}")
         pairs[key] = value
     return pairs
+
+
+def _whole_number(text: str) -> int:
+    if not (text.strip().isdigit() and int(text) > 0):
+        raise ConfigError(f"a number of training frames must be a positive integer, got {text.strip()!r}")
+    return int(text)
 
 
 def _load(source: str, energy_key: str | None, forces_key: str | None, units: str) -> Dataset:

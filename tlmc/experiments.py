@@ -14,17 +14,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from tlmc.datasets import load_dataset
 from tlmc.errors import ConfigError
-from tlmc.evaluation.comparison import REFITTED, START, Stage, before_and_after, rows_from_stages
-from tlmc.evaluation.metrics import as_json
-from tlmc.evaluation.records import append_records
+from tlmc.evaluation.comparison import Stage, before_and_after, rows_from_stages
+from tlmc.evaluation.metrics import as_json, evaluate
+from tlmc.evaluation.records import CELL, append_records, rows_from_metrics
 from tlmc.files import write_json, write_text
 from tlmc.labelled import Dataset
 from tlmc.paths import reports_dir
+from tlmc.potentials.calculator import predict
 from tlmc.potentials.model import Potential
-from tlmc.potentials.transfer import THESIS_DONORS, Borrowing, with_elements
-from tlmc.splits import Split, SplitMethod, split_dataset
+from tlmc.splits import Split, SplitMethod, shrunk, split_dataset
 from tlmc.training.cache import build_cache
 from tlmc.training.finetune import FinetuneConfig, FinetuneResult, finetune, recipe, run_name
 from tlmc.training.kernels import kernels
@@ -54,7 +53,8 @@ def run_experiment(
     dataset: Dataset,
     config: FinetuneConfig,
     *,
-    split: SplitMethod = "random",
+    split: SplitMethod | Split = "random",
+    n_train: int = 0,
     study: str = "",
     run_dir: Path | None = None,
     progress: bool | None = None,
@@ -67,9 +67,12 @@ def run_experiment(
     model, dataset, config
         Start model, all frames, and settings; ``config.seed`` also draws the split.
     split
-        How frames are parted, 70/10/20.
+        How frames are parted, 70/10/20; or the parts themselves.
+    n_train
+        Use so many frames of the training part, drawn by the seed; 0 for all.
     study
-        File the test errors under this name in ``metrics/summary.parquet``; empty for no record.
+        File the test errors, and the validation errors of the result, under this name in ``metrics/summary.parquet``;
+        empty for no record.
     run_dir
         Folder of the run; by default one under ``reports/runs`` with a name that changes with every setting.
     progress, tensorboard
@@ -80,7 +83,9 @@ def run_experiment(
     DataError, ModelError, ConfigError
         As the steps raise them, before training starts.
     """
-    parts = split_dataset(dataset, method=split, seed=config.seed)
+    parts = split if isinstance(split, Split) else split_dataset(dataset, method=split, seed=config.seed)
+    if n_train:
+        parts = shrunk(parts, n_train, config.seed)
     folder = run_dir or reports_dir() / "runs" / run_name(model, dataset, parts, config)
     result = finetune(model, dataset, parts, config, folder, progress=progress, tensorboard=tensorboard)
     stages = before_and_after(model, {config.recipe: result.potential}, dataset, parts)
@@ -102,7 +107,11 @@ def run_experiment(
             n_train=len(parts.train),
             run_id=result.run_id,
         )
-        append_records(rows)
+        # settings are chosen by these, never by the test part
+        validation = dataset.subset(parts.validation)
+        metrics = evaluate(validation, predict(result.potential, validation.frames))
+        cell: dict[str, Any] = {name: rows[-1][name] for name in (*CELL, "run_id")} | {"split": "validation"}
+        append_records([*rows, *rows_from_metrics(metrics, **cell)])
     return Experiment(dataset, parts, result, stages, folder)
 
 
@@ -142,101 +151,6 @@ def run_recipes(
         _LOG.info("%s on %s, seed %d", config.recipe, dataset.name, config.seed)
         experiments.append(run_experiment(model, dataset, config, study=study, progress=progress))
     return experiments
-
-
-def run_crystals(
-    start: Potential,
-    datasets: Sequence[str],
-    recipe_name: str = "short",
-    *,
-    borrowings: Sequence[Borrowing] = ("relabel", "extend"),
-    donors: Mapping[str, str] = THESIS_DONORS,
-    seed: int = 0,
-    study: str = "",
-    progress: bool | None = None,
-    **changes: Any,
-) -> dict[tuple[str, str], Experiment]:
-    """Fine-tune one start model on each of several sets; where it lacks elements, in each way of borrowing them.
-
-    Parameters
-    ----------
-    start
-        Start model, without borrowed elements.
-    datasets
-        Names or files, as `tlmc.datasets.load_dataset` takes them.
-    recipe_name
-        Recipe of all trainings.
-    borrowings
-        Ways to give the model elements that it lacks (`tlmc.potentials.with_elements`); a set without new elements is
-        trained on once.
-    donors
-        New element to the element it borrows from.
-    seed
-        Of splits and trainings; both ways of borrowing see the same split.
-    study, progress
-        As in :func:`run_experiment`.
-    **changes
-        Settings that differ from the recipe, e.g. ``epochs=30``.
-
-    Returns
-    -------
-    dict
-        Experiments by name of the set and way of borrowing, ``""`` where nothing was borrowed.
-
-    Raises
-    ------
-    DataError, ModelError, ConfigError
-        As the steps raise them; all sets are read and all settings checked before the first training starts.
-    """
-    jobs = []
-    for dataset in map(load_dataset, datasets):
-        mapping = {new: donor for new, donor in donors.items() if new in dataset.elements and new not in start.elements}
-        ways: Sequence[Borrowing | None] = borrowings if mapping else (None,)
-        for way in ways:
-            model = with_elements(start, mapping, way) if way else start
-            for frame in dataset.frames:
-                model.species(frame)
-            name = f"{recipe_name}, {way}" if way else recipe_name
-            config = recipe(recipe_name, **({"recipe": name, "seed": seed} | changes))
-            jobs.append(((dataset.name, way or ""), model, dataset, config))
-    experiments: dict[tuple[str, str], Experiment] = {}
-    for key, model, dataset, config in jobs:
-        _LOG.info("%s on %s, seed %d", config.recipe, dataset.name, config.seed)
-        experiments[key] = run_experiment(model, dataset, config, study=study, progress=progress)
-    return experiments
-
-
-def crystals_table(experiments: Mapping[tuple[str, str], Experiment]) -> pd.DataFrame:
-    """Return errors before and after for the experiments of :func:`run_crystals` (thesis, table 4.6).
-
-    Returns
-    -------
-    pandas.DataFrame
-        A row per experiment, indexed by ``crystal`` and ``borrowing``. Columns: RMSE of the force vectors (eV/A) and of
-        the energies (meV/atom) of the test part, of the start model, with its offset refitted, and fine-tuned, and how
-        many times smaller the fine-tuned ones are.
-    """
-    rows = {}
-    for key, experiment in experiments.items():
-        stages = experiment.stages
-        force, energy = (
-            {name: stage.metrics[quantity].value for name, stage in stages.items()}
-            for quantity in ("force_rmse_vector", "energy_rmse_per_atom")
-        )
-        tuned = experiment.result.config.recipe
-        rows[key] = {
-            "E start (meV/atom)": 1000 * energy[START],
-            "E refitted (meV/atom)": 1000 * energy[REFITTED],
-            "E tuned (meV/atom)": 1000 * energy[tuned],
-            "F start (eV/A)": force[START],
-            "F tuned (eV/A)": force[tuned],
-            "E start / tuned": energy[START] / energy[tuned],
-            "E refitted / tuned": energy[REFITTED] / energy[tuned],
-            "F start / tuned": force[START] / force[tuned],
-        }
-    table = pd.DataFrame(rows).T
-    table.index.names = ["crystal", "borrowing"]
-    return table
 
 
 CONVERGENCE: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ class Record:
     seconds: float
     finished: str
     """Local time, ISO 8601."""
+    datasets: list[dict[str, Any]] = field(default_factory=list)
+    """What is known of each set that the notebook's parameters name (`dataset_facts`)."""
 
 
 def write_metrics(
@@ -67,13 +69,7 @@ def write_metrics(
         raise ConfigError(f"a notebook is named like '07_fine_tuning', got {notebook!r}")
     content: dict[str, Any] = {"notebook": notebook, "metrics": metrics}
     if dataset is not None:
-        content["dataset"] = {
-            "name": dataset.name,
-            "source": dataset.source,
-            "level_of_theory": dataset.level_of_theory,
-            "frames": len(dataset),
-            "hash": dataset.hash,
-        }
+        content["dataset"] = dataset_facts(dataset)
     if model is not None:
         content["start_model"] = {"name": model.name, "fingerprint": model.fingerprint}
     content |= {"versions": package_versions(), "git_revision": git_revision()}
@@ -83,6 +79,17 @@ def write_metrics(
     except ValueError as error:
         raise ConfigError(f"{notebook}: a metric is not a finite number: {error}") from error
     return target
+
+
+def dataset_facts(dataset: Dataset) -> dict[str, Any]:
+    """Return what a report says of a data set: name, source, level of theory, number of frames, hash."""
+    return {
+        "name": dataset.name,
+        "source": dataset.source,
+        "level_of_theory": dataset.level_of_theory,
+        "frames": len(dataset),
+        "hash": dataset.hash,
+    }
 
 
 def read_record(reports: Path, profile: str, notebook: str) -> Record | None:

@@ -20,7 +20,7 @@ from nbconvert import HTMLExporter
 
 from tlmc.errors import DataError
 from tlmc.evaluation.records import comparison_table, format_comparison, read_records
-from tlmc.files import write_text
+from tlmc.files import write_json, write_text
 from tlmc.outcomes import Record, read_metrics, read_record
 from tlmc.profiles import Profile, load_profile
 
@@ -28,7 +28,10 @@ MEDIA_TYPES: Final = {".png": "image/png", ".svg": "image/svg+xml"}
 
 
 def write_report(profile: Profile, reports: Path) -> Path:
-    """Write the HTML pages of a profile's complete notebooks and ``index.html`` over all of them.
+    """Write the HTML pages of a profile's complete notebooks, and over all of them ``index.html``.
+
+    What its first page says of run times, parameters, data, models and versions also goes to
+    ``metrics/study_<profile>.json``, for other texts to quote.
 
     Parameters
     ----------
@@ -46,6 +49,7 @@ def write_report(profile: Profile, reports: Path) -> Path:
     parameters |= {step.name: step.parameters for step in profile.steps}
     notebooks: list[dict[str, Any]] = []
     contents: list[dict[str, Any]] = []
+    named: list[dict[str, Any]] = []
     missing: list[str] = []
     for name in sorted(parameters):
         record = read_record(reports, profile.name, name)
@@ -54,6 +58,7 @@ def write_report(profile: Profile, reports: Path) -> Path:
             continue
         content = read_metrics(reports, name)
         contents.append(content)
+        named += [{"dataset": facts} for facts in record.datasets]
         notebooks.append(
             {
                 "name": name,
@@ -69,19 +74,20 @@ def write_report(profile: Profile, reports: Path) -> Path:
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         files("tlmc").joinpath("report.html").read_text(encoding="utf-8")
     )
+    first_page = {
+        "seconds": round(sum(notebook["seconds"] for notebook in notebooks), 1),
+        "finished": max((notebook["finished"] for notebook in notebooks), default="never"),
+        "models": _distinct(contents, "start_model"),
+        "datasets": _distinct(contents + named, "dataset"),
+        "revisions": _distinct(contents, "git_revision"),
+        "version_sets": _distinct(contents, "versions"),
+    }
     text = page.render(
-        profile=profile,
-        notebooks=notebooks,
-        missing=missing,
-        seconds=sum(notebook["seconds"] for notebook in notebooks),
-        finished=max((notebook["finished"] for notebook in notebooks), default="never"),
-        models=_distinct(contents, "start_model"),
-        datasets=_distinct(contents, "dataset"),
-        revisions=_distinct(contents, "git_revision"),
-        version_sets=_distinct(contents, "versions"),
-        table=table,
-        no_table=no_table,
+        profile=profile, notebooks=notebooks, missing=missing, table=table, no_table=no_table, **first_page
     )
+    times = [{key: notebook[key] for key in ("name", "seconds", "finished", "parameters")} for notebook in notebooks]
+    summary = {"profile": profile.name, "notebooks": times, "not_run": missing} | first_page
+    write_json(reports / "metrics" / f"study_{profile.name}.json", summary)
     target = reports / "index.html"
     write_text(target, text)
     return target

@@ -148,6 +148,22 @@ def split_dataset(
     return Split(train, validation, test, method, int(seed))
 
 
+def shrunk(split: Split, n_train: int, seed: int = 0) -> Split:
+    """Return a split with fewer training frames and the same validation and test part.
+
+    The frames are the first of a random order, so that with one seed the smaller parts are contained in the larger.
+
+    Raises
+    ------
+    ConfigError
+        If there are not so many training frames.
+    """
+    if not 1 <= n_train <= len(split.train):
+        raise ConfigError(f"n_train must lie between 1 and the {len(split.train)} training frames, got {n_train}")
+    chosen = np.random.default_rng(seed).permutation(split.train)[:n_train]
+    return Split(np.sort(chosen), split.validation, split.test, f"{split.method}, {n_train} for training", split.seed)
+
+
 def energy_groups(dataset: Dataset, smallest: int = 10) -> NDArray[np.int64]:
     """Find the groups that the energies per atom of a data set fall into.
 

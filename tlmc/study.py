@@ -17,11 +17,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from tlmc.errors import StudyError
 from tlmc.files import sha256_file, write_json
-from tlmc.outcomes import metrics_file, read_record, record_file
+from tlmc.outcomes import dataset_facts, metrics_file, read_record, record_file
 from tlmc.paths import project_root, reports_dir
 from tlmc.profiles import Parameter, Profile, Step, load_profile, profile_files, read_notebook
 from tlmc.provenance import code_hash, package_versions
@@ -32,6 +32,9 @@ START_TIMEOUT = 300
 """Seconds a kernel may take to start."""
 EXECUTION_TIMEOUT = 7200
 """Seconds a cell may take."""
+
+_DATA = ("dataset", "others", "crystals", "crystal", "molecule", "molecule_set")
+"""Parameters that name data: a set, several parted by commas, or a folder."""
 
 # run by every kernel: nobody watches a progress bar, so training says a line per epoch
 _STARTUP = """
@@ -49,6 +52,7 @@ def run_study(
     parameters: Mapping[str, Parameter] | None = None,
     output: Path | None = None,
     force: bool = False,
+    data: Path | None = None,
 ) -> Path:
     """Run the notebooks of a profile in order and write the report.
 
@@ -60,9 +64,13 @@ def run_study(
     profile, notebooks, parameters
         See :func:`load_profile`.
     output
-        The reports folder; ``reports/`` of the checkout (or ``TLMC_REPORTS_DIR``) if None.
+        The reports folder; ``reports/`` of the checkout (or ``TLMC_REPORTS_DIR``) if None, ``own/<folder>`` in it with
+        `data`.
     force
         Run notebooks again that are complete and unchanged.
+    data
+        Folder of trajectories, ``27.traj``, ``28.traj``, ..., to study instead of the profile's data, by default in the
+        notebooks about data, start models, training and evaluation only (05 to 09).
 
     Returns
     -------
@@ -81,10 +89,15 @@ def run_study(
     # the page templates are slow to import and needed nowhere else
     from tlmc.report import write_report
 
-    loaded = load_profile(profile, notebooks, _with_absolute_files(parameters or {}))
-    reports = (output or reports_dir()).resolve()
+    given, own = dict(parameters or {}), Path()
+    if data is not None:
+        notebooks = notebooks or _chapter_four(profile)
+        given = {**_own_data(data, profile, notebooks, given), **given}
+        own = Path("own", data.resolve().name)
+    loaded = load_profile(profile, notebooks, _with_absolute_files(given))
+    reports = (output or reports_dir() / own).resolve()
     executed = reports / "executed" / profile
-    inputs = _shared_inputs(loaded)
+    inputs, facts = _shared_inputs(loaded)
     order = list(profile_files(project_root() / "notebooks", profile))
     with _kernel_environment(reports):
         for step in loaded.steps:
@@ -94,23 +107,69 @@ def run_study(
             if not force and record is not None and record.inputs == digest:
                 log.info("%s: complete and unchanged, not run again", step.name)
                 continue
-            _run_step(step, digest, reports, executed)
+            _run_step(step, digest, reports, executed, [facts[name] for name in _sets(step)])
     return write_report(loaded, reports)
 
 
+def _chapter_four(profile: str) -> list[str]:
+    """Return the notebooks of a profile that are about a user's data."""
+    order = profile_files(project_root() / "notebooks", profile)
+    return [name for name in order if "05" <= name[:2] <= "09"]
+
+
+def _own_data(
+    folder: Path, profile: str, notebooks: Sequence[str], given: Mapping[str, Parameter]
+) -> Mapping[str, Parameter]:
+    """Check the trajectories of a folder and return the parameters that make notebooks use them.
+
+    Notebooks about one crystal get the thesis' own choice, 32, or the first.
+    """
+    from tlmc.casestudy import CaseStudy, borrowed_elements, crystal_files, leading, load_crystals
+    from tlmc.datasets import load_dataset
+    from tlmc.potentials.pretrained import StartModelName, load_start_model
+
+    files = [str(path.resolve()) for path in crystal_files(folder)]
+    crystals = load_crystals(files)
+    loaded = load_profile(profile, notebooks)
+    first, mapping = leading(files), {}
+    name = given.get("start_model", loaded.start_model)
+    if name:
+        start = load_start_model(cast(StartModelName, name))
+        # elements without a donor, and sets too small to split, are said here
+        CaseStudy(start, crystals)
+        mapping = borrowed_elements(start, load_dataset(first))
+    log.info("%s: %d crystals, notebooks about one use %s", folder, len(files), Path(first).name)
+    values: dict[str, Parameter] = {
+        "dataset": first,
+        "others": ",".join(name for name in files if name != first),
+        "crystals": str(folder.resolve()),
+        "element_map": ", ".join(f"{new}={donor}" for new, donor in mapping.items()),
+    }
+    known = {key for step in loaded.steps for key in step.parameters}
+    return {key: value for key, value in values.items() if key in known}
+
+
 def _with_absolute_files(parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
-    """Make a data file that is named from the shell's folder findable from the notebooks' folder."""
+    """Make files and folders that are named from the shell's folder findable from the notebooks' folder."""
     result = dict(parameters)
-    dataset = result.get("dataset")
-    if isinstance(dataset, str) and Path(dataset).is_file():
-        result["dataset"] = str(Path(dataset).resolve())
+    for key in set(_DATA) & set(result):
+        parts = [str(result[key])] if Path(str(result[key])).exists() else str(result[key]).split(",")
+        result[key] = ",".join(str(Path(part).resolve()) if Path(part).exists() else part for part in parts)
     return result
 
 
-def _shared_inputs(profile: Profile) -> dict[str, str]:
+def _sets(step: Step) -> list[str]:
+    """Return the data sets that the parameters of a notebook name, each once."""
+    from tlmc.casestudy import sources
+
+    texts = [str(step.parameters[key]) for key in _DATA if key in step.parameters]
+    return list(dict.fromkeys(name for text in texts for name in sources(text)))
+
+
+def _shared_inputs(profile: Profile) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
     """Fetch the start model and load the data sets, so that what is missing is said before anything runs.
 
-    Returns the code's, the model's and the data sets' fingerprints.
+    Returns the code's, the model's and the data sets' fingerprints, and what a report says of the sets.
     """
     from tlmc.datasets import load_dataset
     from tlmc.potentials.pretrained import StartModelName, load_start_model
@@ -120,14 +179,16 @@ def _shared_inputs(profile: Profile) -> dict[str, str]:
         log.info("start model %s", profile.start_model)
         model = load_start_model(cast(StartModelName, profile.start_model))
         inputs[f"start_model {profile.start_model}"] = model.fingerprint
-    for name in sorted({str(step.parameters["dataset"]) for step in profile.steps if "dataset" in step.parameters}):
-        inputs[f"dataset {name}"] = load_dataset(name).hash
-    return inputs
+    facts = {}
+    for name in dict.fromkeys(name for step in profile.steps for name in _sets(step)):
+        facts[name] = dataset_facts(load_dataset(name))
+        inputs[f"data {name}"] = facts[name]["hash"]
+    return inputs, facts
 
 
 def _digest(step: Step, shared: Mapping[str, str], earlier: Sequence[Path]) -> str:
     """Return the SHA-256 over everything the result of a notebook depends on."""
-    used = {f"{key} {step.parameters[key]}" for key in ("dataset", "start_model") if key in step.parameters}
+    used = {f"data {name}" for name in _sets(step)} | {f"start_model {step.parameters.get('start_model')}"}
     content = {
         "source": [(cell.cell_type, cell.source) for cell in read_notebook(step.notebook).cells],
         "parameters": step.parameters,
@@ -169,7 +230,7 @@ def _kernel_environment(reports: Path) -> Iterator[None]:
                     os.environ[name] = value
 
 
-def _run_step(step: Step, digest: str, reports: Path, executed: Path) -> None:
+def _run_step(step: Step, digest: str, reports: Path, executed: Path, datasets: Sequence[Mapping[str, Any]]) -> None:
     """Execute one notebook; leave a record only if it wrote its metrics."""
     # papermill is slow to import and needed nowhere else
     import papermill
@@ -217,6 +278,7 @@ def _run_step(step: Step, digest: str, reports: Path, executed: Path) -> None:
             "metrics": sha256_file(metrics),
             "seconds": round(seconds, 1),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "datasets": list(datasets),
         },
     )
     log.info("%s: complete in %.0f s", step.name, seconds)

@@ -145,7 +145,8 @@ def measure_epoch(model: Potential, name: str, repetitions: int, threads: int) -
     n_train, n_validation = len(parts.train), len(parts.validation)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TLMC_CACHE_DIR"] = folder
-        history = finetune(model, dataset, parts, recipe("thesis", epochs=repetitions, lr=1e-7), progress=False).history
+        config = recipe("thesis", epochs=repetitions, lr=1e-7)
+        history = finetune(model, dataset, parts, config, progress=False, threads=threads).history
     some = _some(name)
     step = thesis_step(model, some, [[i, i + 1] for i in range(0, 8, 2)])
     times = _in_turn({"step": (step, 1, 2), "validate": (thesis_validation(model, some), 4, 1)}, repetitions)

@@ -70,7 +70,7 @@ class SparseJacobian(NamedTuple):
         padded = torch.nn.functional.pad(self.values, (0, 0, 0, width * BLOCK - n_features))
         rows = (self.rows[:, None] * width + torch.arange(width)).reshape(-1)
         order = torch.argsort(rows, stable=True)
-        values = padded.view(n_entries * width, BLOCK, 3)
+        values = padded.reshape(n_entries * width, BLOCK, 3)
         return BlockJacobian(rows[order], self.atoms.repeat_interleave(width)[order], values[order])
 
 

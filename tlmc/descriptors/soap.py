@@ -113,6 +113,20 @@ class SOAP(LocalDescriptor):
         columns = zip(*(c.tolist() for c in self._layout[:3]), strict=True)
         return [f"p[{name[a]},{name[b]},l={degree}]" for a, b, degree in columns]
 
+    def summed_over_species(self) -> Tensor:
+        """Return the map from the spectrum to ``sum_s2 p[s1 n1, s2 n2, l]``, with n1 and n2 of all pairs.
+
+        Shape ``(n_features, n_species * n_max * n_max * (l_max + 1))``.
+        """
+        n, degrees = self.n_max, self.l_max + 1
+        first, second, degree = self._layout[:3]
+        result = torch.zeros(self.n_features, len(self.species) * n * n * degrees, dtype=torch.float64)
+        feature = torch.arange(self.n_features)
+        result[feature, (first * n + second % n) * degrees + degree] = 1.0
+        other = feature[first != second]  # p of q2 and q1 is that of q1 and q2, which is listed once
+        result[other, ((second * n + first % n) * degrees + degree)[other]] += 1.0
+        return result
+
     def coefficients(self, environments: Environments) -> list[Tensor]:
         """Return the expansion coefficients of the densities, one tensor per degree.
 

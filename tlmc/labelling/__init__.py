@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from tlmc.labelling.labels import LabelReport, label
 from tlmc.labelling.methods import ImportedFactory, Method, TBLiteFactory, method
-from tlmc.labelling.molecules import Bonds, find_bonds, find_molecules, isolated_molecules, make_whole
+from tlmc.labelling.molecules import Bonds, find_bonds, find_molecules, formula_unit, isolated_molecules, make_whole
 from tlmc.labelling.packings import Packed, Packings, pack
 from tlmc.labelling.perturbations import MolecularDynamics, Perturbation, Rattle, RigidMotion, Strain, perturb, strained
 from tlmc.labelling.recipes import RECIPES, Recipe, build, for_structure
@@ -41,6 +41,7 @@ __all__ = [
     "find_bonds",
     "find_molecules",
     "for_structure",
+    "formula_unit",
     "isolated_molecules",
     "label",
     "make_whole",

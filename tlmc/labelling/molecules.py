@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from ase import Atoms
 from ase.data import covalent_radii
+from ase.formula import Formula
 from ase.neighborlist import neighbor_list
 from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
@@ -15,6 +19,9 @@ from scipy.sparse.csgraph import breadth_first_order, connected_components
 from tlmc.errors import DataError
 
 IntArray = NDArray[np.int64]
+
+_JUDGED = 25
+"""Frames from which a formula unit is read."""
 
 
 class Bonds(NamedTuple):
@@ -44,6 +51,40 @@ def find_molecules(frame: Atoms, bonds: Bonds | None = None) -> list[IntArray]:
     graph = coo_matrix((np.ones(len(bonds.first)), (bonds.first, bonds.second)), shape=(len(frame), len(frame)))
     count, labels = connected_components(graph, directed=False)
     return [np.flatnonzero(labels == molecule) for molecule in range(count)]
+
+
+def formula_unit(frames: Sequence[Atoms]) -> int:
+    """Return the number of atoms of the formula unit of a crystal: its molecule, or what neutral sum repeats.
+
+    The molecules of each frame are counted by formula and divided by their greatest common divisor, and the most
+    frequent answer is taken: in a strongly compressed cell a short contact may look like a bond.
+
+    Parameters
+    ----------
+    frames
+        Of one crystal, at least one. For a salt with two cations and two anions in the cell, the unit is one of each.
+
+    Raises
+    ------
+    DataError
+        If there is no frame, or the unit does not divide a frame into whole numbers.
+    """
+    found: Counter[tuple[tuple[str, int], ...]] = Counter()
+    for frame in frames[:: math.ceil(len(frames) / _JUDGED) or 1]:
+        molecules = Counter(frame.symbols[members].formula.format("hill") for members in find_molecules(frame))
+        divisor = math.gcd(*molecules.values())
+        found[tuple(sorted((formula, count // divisor) for formula, count in molecules.items()))] += 1
+    if not found:
+        raise DataError("a formula unit needs at least one frame, got none")
+    [(unit, _)] = found.most_common(1)
+    size = sum(count * len(Formula(formula)) for formula, count in unit)
+    for k, frame in enumerate(frames):
+        if len(frame) % size:
+            raise DataError(
+                f"frame {k} of {len(frames)} ({frame.get_chemical_formula()}) is no whole number of formula units "
+                f"{' + '.join(f'{count} {formula}' for formula, count in unit)}"
+            )
+    return size
 
 
 def make_whole(frame: Atoms, bonds: Bonds | None = None) -> Atoms:

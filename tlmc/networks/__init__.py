@@ -16,7 +16,7 @@ from tlmc.networks.atomistic import AtomisticNetwork, Output
 from tlmc.networks.behler_parrinello import BehlerParrinelloNetwork
 from tlmc.networks.deep_tensor import DeepTensorNetwork
 from tlmc.networks.energy_curve import MorseLoss, bond_scan, descend, fit_curve, torsion_scan
-from tlmc.networks.fitting import FitConfig, FitResult, error_over_size, fit, shrunk
+from tlmc.networks.fitting import FitConfig, FitResult, error_over_size, fit
 from tlmc.networks.inspection import kinds_of_atoms, principal_components
 from tlmc.networks.mlp import ACTIVATIONS, MLP, Gradients, gradient_norms, n_parameters
 from tlmc.networks.optimizers import (
@@ -30,6 +30,7 @@ from tlmc.networks.optimizers import (
     RMSProp,
     Subgradient,
 )
+from tlmc.splits import shrunk
 
 __all__ = [
     "ACTIVATIONS",

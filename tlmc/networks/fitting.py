@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from tlmc.errors import ConfigError, DataError, ModelError
+from tlmc.errors import DataError, ModelError
 from tlmc.evaluation.metrics import evaluate
 from tlmc.labelled import Dataset
 from tlmc.networks.atomistic import AtomisticNetwork, P
 from tlmc.networks.optimizers import AdamW
-from tlmc.splits import Split
+from tlmc.splits import Split, shrunk
 from tlmc.training.loss import batch_loss
 
 _LOG = logging.getLogger(__name__)
@@ -120,22 +120,6 @@ def fit(
             1e3 * history[-1]["validation_energy_rmse_per_atom"],
         )  # fmt: skip
     return FitResult(network, pd.DataFrame(history))
-
-
-def shrunk(split: Split, n_train: int, seed: int = 0) -> Split:
-    """Return a split with fewer training frames and the same validation and test part.
-
-    The frames are the first of a random order, so that with one seed the smaller parts are contained in the larger.
-
-    Raises
-    ------
-    ConfigError
-        If there are not so many training frames.
-    """
-    if not 1 <= n_train <= len(split.train):
-        raise ConfigError(f"n_train must lie between 1 and the {len(split.train)} training frames, got {n_train}")
-    chosen = np.random.default_rng(seed).permutation(split.train)[:n_train]
-    return Split(np.sort(chosen), split.validation, split.test, f"{split.method}, {n_train} for training", split.seed)
 
 
 def error_over_size(

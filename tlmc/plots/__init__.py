@@ -7,6 +7,8 @@ apart.
 
 from __future__ import annotations
 
+from tlmc.plots.ablations import drift_against_error, error_against_value, setting_ratios
+from tlmc.plots.casestudy import energy_errors, error_against_equilibrium, parity_gallery, ranking, shared_models
 from tlmc.plots.data import (
     density_landscape,
     descriptor_map,
@@ -28,7 +30,13 @@ from tlmc.plots.kernels import (
     two_classes,
     uncertainty_band,
 )
-from tlmc.plots.learning import convergence, error_against_time, learning_curve, learning_curves, validation_curves
+from tlmc.plots.learning import (
+    error_against_time,
+    error_against_time_panels,
+    learning_curve,
+    learning_curves,
+    validation_curves,
+)
 from tlmc.plots.models import energy_volume, environment_vector
 from tlmc.plots.networks import (
     activations,
@@ -46,6 +54,7 @@ from tlmc.plots.sampling import (
     active_learning,
     committee_scan,
     drawn_energies,
+    labels_needed,
     normal_mode,
     reliability_diagram,
     spread_and_error,
@@ -62,7 +71,6 @@ __all__ = [
     "atom_energies",
     "calibration",
     "committee_scan",
-    "convergence",
     "covariance_matrix",
     "curve_fits",
     "density_landscape",
@@ -71,13 +79,18 @@ __all__ = [
     "descent_paths",
     "descriptor_map",
     "drawn_energies",
+    "drift_against_error",
     "effort",
+    "energy_errors",
     "energy_histogram",
     "energy_volume",
     "environment_vector",
+    "error_against_equilibrium",
     "error_against_force",
     "error_against_size",
     "error_against_time",
+    "error_against_time_panels",
+    "error_against_value",
     "error_by_element",
     "error_over_size",
     "fit_histories",
@@ -87,19 +100,24 @@ __all__ = [
     "gradients_over_depth",
     "heat_map",
     "invariance",
+    "labels_needed",
     "learning_curve",
     "learning_curves",
     "neighbour_distances",
     "normal_mode",
     "outliers",
     "parity",
+    "parity_gallery",
     "parity_grid",
+    "ranking",
     "reliability_diagram",
     "representation_map",
     "residual_histogram",
     "save_figure",
     "sets_coverage",
     "sets_overview",
+    "shared_models",
+    "setting_ratios",
     "speed_ratios",
     "split_coverage",
     "spread_and_error",

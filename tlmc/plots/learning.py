@@ -210,28 +210,26 @@ def error_against_time(
 
 
 @styled
-def convergence(table: pd.DataFrame) -> Figure:
-    """Draw force (left) and energy errors (right) against processor time, a row of panels for each set.
+def error_against_time_panels(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Draw :func:`error_against_time` of several data sets: a column each, forces above, energies below.
 
     Parameters
     ----------
-    table
-        As :func:`tlmc.experiments.convergence` returns it.
+    tables
+        By the name of the data set, each as :func:`tlmc.experiments.convergence` returns it, with the same settings.
 
     Raises
     ------
     DataError
-        If the table is empty or lacks columns.
+        If there is no table, or as in :func:`error_against_time`.
     """
-    require_columns(table, "a figure of convergence needs", ["dataset", "setting"])
-    names = list(dict.fromkeys(table["dataset"]))
-    figure, axes = subplots(len(names), 2, width=2 * COLUMN, aspect=0.65)
-    for row, name in zip(axes, names, strict=True):
-        of_set = table[table["dataset"] == name]
-        error_against_time(of_set, row[0])
-        error_against_time(of_set, row[1], quantity="energy_rmse_per_atom")
-        for ax in row:
-            ax.get_legend().remove()
-        row[0].set_title(name.split("/")[-1], loc="left", fontweight="bold")
-    axes[0, 1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if not tables:
+        raise DataError("error against time needs at least one table, got none")
+    figure, axes = subplots(2, len(tables), width=0.8 * COLUMN * len(tables))
+    for column, (name, table) in zip(axes.T, tables.items(), strict=True):
+        for ax, quantity in zip(column, ("force_rmse_vector", "energy_rmse_per_atom"), strict=True):
+            error_against_time(table, ax, quantity=cast(Any, quantity)).get_legend().remove()  # type: ignore[union-attr]
+        column[0].set(title=name, xlabel="")
+    # one legend, where it hides no curve
+    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

@@ -271,7 +271,7 @@ def active_learning(
     quantity: Literal["force_rmse_vector", "energy_rmse_per_atom"] = "force_rmse_vector",
     target: float | None = None,
 ) -> Axes:
-    """Draw the test error against the number of labels: every seed, their mean, and from three seeds on a 95 % band.
+    """Draw the mean test error against the number of labels, with a 95 % band from three seeds on, else every seed.
 
     The band of two seeds would be 13 times as wide as they are apart, and hide everything else.
 
@@ -302,9 +302,10 @@ def active_learning(
         intervals = factor * np.array([mean_interval(row) for row in errors.to_numpy(dtype=np.float64)])
         seeds = errors.shape[1]
         ax.plot(errors.index, intervals[:, 0], "o-", color=colour, markersize=2.5, label=f"{name} ({seeds} seeds)")
-        ax.plot(errors.index, factor * errors.to_numpy(), color=colour, alpha=0.35, linewidth=0.6)
         if seeds > 2:
-            ax.fill_between(errors.index, intervals[:, 1], intervals[:, 2], color=colour, alpha=0.2, linewidth=0)
+            _band(ax, errors.index, intervals[:, 1], intervals[:, 2], colour)
+        elif seeds == 2:
+            ax.plot(errors.index, factor * errors.to_numpy(), color=colour, alpha=0.35, linewidth=0.6)
         drawn.append(factor * errors.to_numpy(dtype=np.float64).ravel())
     if target is not None:
         ax.axhline(factor * target, **REFERENCE_LINE)
@@ -315,3 +316,42 @@ def active_learning(
     ax.set(xlabel="labelled structures", ylabel=words)
     ax.legend()
     return finish(ax)
+
+
+@styled
+def labels_needed(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw how many labels each strategy needs for an error, from three seeds on with the band of its interval.
+
+    Parameters
+    ----------
+    table
+        Rows of `tlmc.sampling.structures_needed`, with a column ``level``: the error as a multiple of the one that the
+        whole pool gives. Levels that a seed missed (NaN) are left out.
+    ax
+        Where to draw.
+
+    Raises
+    ------
+    DataError
+        If the table is empty or lacks a column.
+    """
+    require_columns(table, "labels needed need", ["level", "name", "mean", "lower", "upper", "n_seeds"])
+    ax = axes_or_new(ax)
+    names = list(dict.fromkeys(table["name"]))
+    for colour, name in zip(colours(len(names)), names, strict=True):
+        rows = table[table["name"] == name].dropna(subset="mean").sort_values("level")
+        ax.plot(rows["level"], rows["mean"], color=colour, label=name)
+        if (rows["n_seeds"] > 2).all():
+            _band(ax, rows["level"], rows["lower"], rows["upper"], colour)
+    ax.set(xlabel="test error / error with the whole pool", ylabel="labels needed")
+    ax.set_xlim(float(table["level"].max()), float(table["level"].min()))
+    ax.set_ylim(bottom=0)
+    ax.legend()
+    return finish(ax)
+
+
+def _band(ax: Axes, x: ArrayLike, lower: ArrayLike, upper: ArrayLike, colour: str) -> None:
+    """Shade between two curves and draw them thin, so that bands on top of each other can be told apart."""
+    ax.fill_between(x, lower, upper, color=colour, alpha=0.1, linewidth=0)
+    for edge in (lower, upper):
+        ax.plot(x, edge, color=colour, linewidth=0.5, alpha=0.6)

@@ -9,6 +9,7 @@ from tlmc.potentials.pretrained import load_start_model, reachable, start_models
 from tlmc.potentials.transfer import (
     THESIS_DONORS,
     Borrowing,
+    enrich,
     extend,
     parse_element_map,
     relabel,
@@ -25,6 +26,7 @@ __all__ = [
     "Predictions",
     "TlmcCalculator",
     "energy_spread",
+    "enrich",
     "export_state_dict",
     "extend",
     "load_start_model",

@@ -73,7 +73,7 @@ def member_energies(model: Potential, frame: Atoms) -> NDArray[np.float64]:
         As in `predict`.
     """
     species, pairs = _environment(model, frame, "frame")
-    features = aev(model.aev, len(model.symbols), species, pairs)
+    features = _richer(model, frame, aev(model.aev, len(model.symbols), species, pairs))
     total = torch.zeros(model.members, dtype=torch.float64)
     for s, rows in _by_species(species):
         total += forward(model.networks[model.symbols[s]], features[rows])[0].to(torch.float64).sum(1)
@@ -200,7 +200,7 @@ class _ActiveNetworks:
     """Networks of the elements of one frame, first layers without the columns that are zero in it."""
 
     def __init__(self, model: Potential, present: Sequence[int]) -> None:
-        columns = model.aev.columns(list(present), len(model.symbols))
+        columns = model.columns(present)
         self.layers = []
         for s in present:
             first, *others = model.networks[model.symbols[s]]
@@ -223,7 +223,7 @@ def _evaluate(
     if key not in networks:
         networks[key] = _ActiveNetworks(model, key)
     terms = aev_terms(model.aev, n_species, species, pairs)
-    features = aev(model.aev, n_species, species, pairs, terms)
+    features = _richer(model, frame, aev(model.aev, n_species, species, pairs, terms))
     output = torch.zeros(len(frame), dtype=torch.float64)
     gradient = torch.zeros_like(features)
     for s, rows in _by_species(species):
@@ -232,17 +232,29 @@ def _evaluate(
         output[rows] = energies.to(torch.float64).mean(0)
         gradient[rows] = backward(layers, slopes)
     # dE/dv of every pair; a pair vector is x_j + shift - x_i
-    slope = aev_backward(model.aev, n_species, species, pairs, gradient, terms).to(torch.float64) * model.scale
+    own, extra = gradient.split([model.aev.length(n_species), features.shape[1] - model.aev.length(n_species)], dim=1)
+    slope = aev_backward(model.aev, n_species, species, pairs, own.contiguous(), terms).to(torch.float64) * model.scale
     forces = torch.zeros(len(frame), 3, dtype=torch.float64)
     forces.index_add_(0, pairs.centre, slope)
     forces.index_add_(0, pairs.neighbour, -slope)
+    # a strain e turns every v into (1 + e) v; each pair is listed from both ends, so nothing is counted twice
+    virial = slope.T @ pairs.vectors.to(torch.float64)
+    if model.enrichment is not None:
+        richer = model.enrichment.slopes(frame, extra)
+        forces += richer.forces * model.scale
+        virial += richer.virial * model.scale
     stress = None
     if frame.pbc.all():
-        # a strain e turns every v into (1 + e) v; each pair is listed from both ends, so nothing is counted twice
-        virial = slope.T @ pairs.vectors.to(torch.float64)
         stress = (0.5 * (virial + virial.T) / frame.get_volume()).numpy()
         stress = stress[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
     return _Evaluation((model.scale * output + model.offsets(frame)).numpy(), forces.numpy(), stress)
+
+
+def _richer(model: Potential, frame: Atoms, features: Tensor) -> Tensor:
+    """Return the AEVs with the columns of the model's enrichment, if it has one, behind them."""
+    if model.enrichment is None:
+        return features
+    return torch.cat([features, model.enrichment.columns(frame).to(features.dtype)], dim=1)
 
 
 def _environment(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from tlmc.errors import ModelError
 from tlmc.files import atomic_path
 from tlmc.potentials.model import Layer, Potential
 from tlmc.potentials.transfer import extend
@@ -37,6 +38,11 @@ def to_torchani(model: Potential) -> ANI:
     torchani.arch.ANI
         In the precision of `model`, on the CPU, without gradients; its elements are `model.elements`.
 
+    Raises
+    ------
+    ModelError
+        If the model has columns of a descriptor that torchani does not have (`enrich`).
+
     Notes
     -----
     torchani adds up in the precision of the model: in float32 the energy of a crystal of a hundred atoms is exact to
@@ -50,6 +56,10 @@ def to_torchani(model: Potential) -> ANI:
         from torchani.nn import ANINetworks, AtomicNetwork, Ensemble
         from torchani.sae import SelfEnergy
 
+    if model.enrichment is not None:
+        raise ModelError(
+            f"torchani knows nothing of the {model.enrichment.kind} columns of this model: keep it as .safetensors"
+        )
     model = extend(model, model.element_map)
     symbols, p = model.symbols, model.aev
     computer = AEVComputer(

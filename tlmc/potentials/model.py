@@ -13,6 +13,7 @@ from ase import Atoms
 from torch import Tensor
 
 from tlmc.descriptors.aev import AEVParameters
+from tlmc.descriptors.enrichment import Enrichment
 from tlmc.errors import ModelError
 from tlmc.reference import ReferenceEnergies
 from tlmc.units import HARTREE
@@ -51,6 +52,14 @@ class Potential:
     reference: ReferenceEnergies | None = None
     """Offset fitted on training labels, added to every energy."""
     scale: float = HARTREE
+    enrichment: Enrichment | None = None
+    """Columns of another descriptor behind the AEV (:func:`tlmc.potentials.enrich`)."""
+
+    @property
+    def n_columns(self) -> int:
+        """Number of inputs of every network."""
+        extra = 0 if self.enrichment is None else self.enrichment.n_columns
+        return self.aev.length(len(self.symbols)) + extra
 
     @property
     def members(self) -> int:
@@ -66,6 +75,11 @@ class Potential:
     def elements(self) -> tuple[str, ...]:
         """Every element the model accepts, borrowed ones included."""
         return self.symbols + tuple(e for e in self.element_map if e not in self.symbols)
+
+    def columns(self, present: Sequence[int]) -> Tensor:
+        """Return the inputs that can differ from zero where only these networks' elements occur, ascending, int64."""
+        own = self.aev.columns(list(present), len(self.symbols))
+        return torch.cat([own, torch.arange(self.aev.length(len(self.symbols)), self.n_columns)])
 
     def to(self, dtype: torch.dtype) -> Potential:
         """Return a copy with weights in another precision."""

@@ -12,6 +12,7 @@ import torch
 from ase.data import atomic_numbers
 from torch import Tensor
 
+from tlmc.descriptors.enrichment import Enrichment
 from tlmc.errors import ConfigError, ModelError
 from tlmc.potentials.model import Layer, Potential
 
@@ -104,6 +105,34 @@ def extend(model: Potential, mapping: Mapping[str, str]) -> Potential:
     )
 
 
+def enrich(model: Potential, enrichment: Enrichment) -> Potential:
+    """Give the networks the columns of another descriptor behind the AEV; their first-layer weights start at zero.
+
+    Energies and forces stay as they are until the model is trained. Elements are best added first (`extend`).
+
+    Parameters
+    ----------
+    model
+        Potential to enrich; it is not changed.
+    enrichment
+        What :func:`tlmc.descriptors.enrichment.fit_enrichment` returns.
+
+    Raises
+    ------
+    ModelError
+        If the model has such columns already.
+    """
+    if model.enrichment is not None:
+        raise ModelError(f"{model.name} has richer columns already ({model.enrichment.kind})")
+    _ = enrichment.descriptor
+    networks = {}
+    for symbol, (first, *rest) in model.networks.items():
+        members, _, width = first.weight.shape
+        zeros = first.weight.new_zeros(members, enrichment.n_columns, width)
+        networks[symbol] = (Layer(torch.cat([first.weight, zeros], dim=1), first.bias), *rest)
+    return dataclasses.replace(model, networks=networks, enrichment=enrichment)
+
+
 def with_elements(model: Potential, mapping: Mapping[str, str], borrowing: Borrowing = "relabel") -> Potential:
     """Return `relabel` or `extend` of a model, by name; an empty mapping leaves it as it is.
 
@@ -119,6 +148,25 @@ def with_elements(model: Potential, mapping: Mapping[str, str], borrowing: Borro
     return (relabel if borrowing == "relabel" else extend)(model, mapping)
 
 
+def first_members(model: Potential, n_members: int) -> Potential:
+    """Return the ensemble of the first few members, under a name of its own (``ani2x-first2``).
+
+    Raises
+    ------
+    ModelError
+        If the model has not so many members, or none are asked for.
+    """
+    if not 1 <= n_members <= model.members:
+        raise ModelError(f"{model.name} has {model.members} member(s), cannot take the first {n_members}")
+    if n_members == model.members:
+        return model
+    networks = {
+        symbol: tuple(Layer(weight[:n_members].clone(), bias[:n_members].clone()) for weight, bias in layers)
+        for symbol, layers in model.networks.items()
+    }
+    return dataclasses.replace(model, name=f"{model.name}-first{n_members}", networks=networks)
+
+
 def _donated_columns(model: Potential, donors: Sequence[int]) -> Tensor:
     """Return, for every descriptor column of elements with these donors, the column of the model that it copies."""
     n_species, p = len(model.symbols), model.aev
@@ -128,7 +176,9 @@ def _donated_columns(model: Potential, donors: Sequence[int]) -> Tensor:
     place = {pair: k for k, pair in enumerate(combinations_with_replacement(range(n_species), 2))}
     pairs = [place[min(pair), max(pair)] for pair in combinations_with_replacement(donors, 2)]
     angular = torch.tensor(pairs)[:, None] * p.n_angular + torch.arange(p.n_angular) + n_species * p.n_radial
-    return torch.cat([radial.flatten(), angular.flatten()])
+    # columns of another descriptor know elements by themselves
+    richer = torch.arange(p.length(n_species), model.n_columns)
+    return torch.cat([radial.flatten(), angular.flatten(), richer])
 
 
 def parse_element_map(text: str) -> dict[str, str]:

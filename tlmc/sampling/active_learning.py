@@ -20,7 +20,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol, get_args
+from typing import Any, Final, Literal, Protocol, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -41,6 +41,8 @@ from tlmc.sampling.committee import CommitteePredictions
 
 FloatArray = NDArray[np.float64]
 Strategy = Literal["committee", "error", "random"]
+Target = float | Mapping[int, float] | pd.Series
+"""A test error to reach: the same in all seeds, or one for each."""
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +258,8 @@ def _round(
     else:
         train, gone = rng.choice(n, size=max(2, round(config.start_share * n)), replace=False).tolist(), []
         scale = 1.0
-    learner.fit(pool.label(train), config.seed)
+    # in the order of the pool, so that one set of structures is one model, however it was chosen
+    learner.fit(pool.label(sorted(train)), config.seed)
     rest = np.setdiff1d(np.arange(n), [*train, *gone])
     measure = scale * _measure(learner, pool, rest, config.strategy)
     bad_share = float((measure > config.bound).sum() / n)
@@ -271,7 +274,6 @@ def _round(
         added = rest[order[:size]].tolist()
         if trusted and config.strategy != "random":
             dropped = np.setdiff1d(rest[measure < config.drop_below * config.bound], added).tolist()
-    judged = {} if test is None else evaluate(test, learner.predict(test.frames).mean())
     return {
         "train": train,
         "gone": gone,
@@ -280,9 +282,14 @@ def _round(
         "bad_share": bad_share,
         "scale": scale,
         "next_scale": _error_over_spread(learner, pool.label(added)) if added and config.strategy != "error" else scale,
-        "test": {name: judged[name].value for name in _RECORDED if name in judged},
+        "test": {} if test is None else _judged(learner, test),
         "stopped": stopped,
     }
+
+
+def _judged(learner: Learner, test: Dataset) -> dict[str, float]:
+    errors = evaluate(test, learner.predict(test.frames).mean())
+    return {name: errors[name].value for name in _RECORDED if name in errors}
 
 
 def _measure(learner: Learner, pool: Pool, rest: NDArray[np.int64], strategy: Strategy) -> FloatArray:
@@ -368,8 +375,69 @@ def compare_strategies(
     return table[["name", "seed", *table.columns.drop(["name", "seed"])]]
 
 
+def learn_in_order(
+    learner: Learner, pool: Pool, order: Sequence[int], sizes: Sequence[int], test: Dataset, seed: int
+) -> pd.DataFrame:
+    """Train on growing parts of an order that was chosen without a model, such as farthest points or CUR.
+
+    Parameters
+    ----------
+    learner
+        Trained anew for each size.
+    pool
+        Structures with labels, or a calculator for them.
+    order
+        Indices into the pool, the first to be labelled first.
+    sizes
+        Numbers of structures to train on.
+    test
+        Labelled frames on which every training is judged.
+    seed
+        Of the trainings; with that of a loop, equal sets of structures give equal models.
+
+    Returns
+    -------
+    DataFrame
+        A row per size: ``n_labels`` and test errors, as in `LoopResult.table`.
+
+    Raises
+    ------
+    ConfigError
+        If a size is not between 1 and the length of the order, or the order names a structure twice.
+    """
+    if len(set(order)) != len(order):
+        raise ConfigError("an order must name each structure once")
+    if not len(sizes) or min(sizes) < 1 or max(sizes) > len(order):
+        raise ConfigError(f"sizes must lie in 1 to {len(order)}, got {list(sizes)}")
+    rows = []
+    for size in sizes:
+        learner.fit(pool.label(sorted(int(k) for k in order[:size])), seed)
+        rows.append({"n_labels": int(size)} | _judged(learner, test))
+    return pd.DataFrame(rows)
+
+
+def final_errors(table: pd.DataFrame, quantity: str = "force_rmse_vector") -> pd.Series:
+    """Return, per seed, the test error with the most labels, averaged over the strategies.
+
+    Where loops went on until their pool was exhausted, all strategies end there with the same model. Multiples of its
+    error are targets that every strategy reaches, as hard in a seed with a hard test set as in one with an easy one.
+
+    Parameters
+    ----------
+    table
+        From `compare_strategies`.
+    quantity
+        Test error.
+    """
+    last = table[table["n_labels"] == table.groupby("seed")["n_labels"].transform("max")]
+    return last.groupby("seed")[quantity].mean()
+
+
 def structures_needed(
-    table: pd.DataFrame, target: float, quantity: str = "force_rmse_vector", confidence: float = 0.95
+    table: pd.DataFrame,
+    target: Target,
+    quantity: str = "force_rmse_vector",
+    confidence: float = 0.95,
 ) -> pd.DataFrame:
     """Return how many labels each strategy needs until the test error stays at a target or below.
 
@@ -378,7 +446,7 @@ def structures_needed(
     table
         From `compare_strategies`.
     target
-        In the unit of the quantity.
+        In the unit of the quantity: one, or one per seed (see `final_errors`).
     quantity
         Test error.
     confidence
@@ -397,7 +465,7 @@ def structures_needed(
     """
     rows = []
     for name, runs in table.groupby("name", sort=False):
-        needed = [_crossing(run, target, quantity) for _, run in runs.groupby("seed")]
+        needed = _crossings(runs, target, quantity)
         mean, lower, upper = mean_interval(needed, confidence)
         missed = int(np.isnan(needed).sum())
         rows.append((name, mean, lower, upper, len(needed) - missed, missed))
@@ -405,7 +473,11 @@ def structures_needed(
 
 
 def labels_saved(
-    table: pd.DataFrame, target: float, name: str, than: str, quantity: str = "force_rmse_vector"
+    table: pd.DataFrame,
+    target: Target,
+    name: str,
+    than: str,
+    quantity: str = "force_rmse_vector",
 ) -> tuple[float, float, float]:
     """Return how many labels fewer one strategy needs than another, seed by seed: mean and 95 % interval.
 
@@ -418,10 +490,7 @@ def labels_saved(
     name, than
         The strategy, and the one it is compared with.
     """
-    needed = [
-        [_crossing(run, target, quantity) for _, run in table[table["name"] == which].groupby("seed")]
-        for which in (name, than)
-    ]
+    needed = [_crossings(table[table["name"] == which], target, quantity) for which in (name, than)]
     return mean_interval(np.subtract(needed[1], needed[0]))
 
 
@@ -432,6 +501,14 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, f
         return float(x.mean()), np.nan, np.nan
     half = float(student.ppf(0.5 + 0.5 * confidence, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
+
+
+def _crossings(runs: pd.DataFrame, target: Target, quantity: str) -> list[float]:
+    """Return the labels needed in each seed."""
+    return [
+        _crossing(run, target if isinstance(target, int | float) else float(target[cast(int, seed)]), quantity)
+        for seed, run in runs.groupby("seed")
+    ]
 
 
 def _crossing(run: pd.DataFrame, target: float, quantity: str) -> float:

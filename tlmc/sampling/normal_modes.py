@@ -121,6 +121,8 @@ def exact_hessian(model: Potential, frame: Atoms) -> FloatArray:
     positions.requires_grad_(True)
     vectors = positions[pairs.neighbour] - positions[pairs.centre] + shifts
     features = aev(model.aev, len(model.symbols), species, pairs._replace(vectors=vectors))
+    if model.enrichment is not None:
+        features = torch.cat([features, model.enrichment.columns(frame, positions)], dim=1)
     energy = torch.zeros((), dtype=torch.float64)
     for s in species.unique():
         outputs = forward(model.networks[model.symbols[s]], features[species == s])[0]

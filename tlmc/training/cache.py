@@ -34,7 +34,7 @@ from scipy.sparse import bsr_array
 from torch import Tensor
 
 from tlmc import paths
-from tlmc.descriptors.aev import BLOCK, aev, aev_jacobian, neighbours
+from tlmc.descriptors.aev import BLOCK, BlockJacobian, aev, aev_jacobian, neighbours
 from tlmc.errors import ConfigError, DataError
 from tlmc.files import write_json
 from tlmc.geometry import frame_hash
@@ -273,6 +273,8 @@ def _key(model: Potential, frames: Sequence[Atoms], species: Sequence[Tensor], d
         "n_species": len(model.symbols),
     }
     digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
+    if model.enrichment is not None:
+        digest.update(model.enrichment.digest.encode())
     for frame, channels in zip(frames, species, strict=True):
         digest.update(frame_hash(frame).encode())
         digest.update(channels.numpy().astype("<i4").tobytes())
@@ -287,23 +289,21 @@ def _write(
     dtype: torch.dtype,
     report: Callable[[int], object] | None,
 ) -> None:
-    n_species = len(model.symbols)
     present = sorted({int(s) for channels in species for s in channels.unique()})
-    columns = model.aev.columns(present, n_species)
+    columns = model.columns(present)
     # AEV sub-blocks are multiples of BLOCK wide, so whole column blocks are active or not
-    new_block = torch.full((model.aev.length(n_species) // BLOCK,), -1)
+    new_block = torch.full((model.n_columns // BLOCK,), -1)
     new_block[columns[::BLOCK] // BLOCK] = torch.arange(len(columns) // BLOCK)
-    per_atom_all, per_atom = len(new_block), len(columns) // BLOCK
+    per_atom = len(columns) // BLOCK
     sizes = []
     streams: dict[str, BinaryIO] = {name: open(folder / f"{name}.bin", "wb") for name in _ARRAYS}  # noqa: SIM115
     try:
         for number, (frame, channels) in enumerate(zip(frames, species, strict=True)):
             order = torch.argsort(channels, stable=True)
             channels = channels[order]
-            pairs = neighbours(frame[order.numpy()], model.aev.r_cut_radial)
-            G = aev(model.aev, n_species, channels, pairs)[:, columns]
-            J = aev_jacobian(model.aev, n_species, channels, pairs)
-            rows = J.rows // per_atom_all * per_atom + new_block[J.rows % per_atom_all]
+            G, J = _describe(model, frame[order.numpy()], channels)
+            G = G[:, columns]
+            rows = J.rows // len(new_block) * per_atom + new_block[J.rows % len(new_block)]
             starts = torch.searchsorted(rows, torch.arange(len(frame) * per_atom + 1))
             arrays = {
                 "G": G,
@@ -330,6 +330,24 @@ def _write(
         "frames": sizes,
     }
     write_json(folder / "meta.json", meta)
+
+
+def _describe(model: Potential, frame: Atoms, channels: Tensor) -> tuple[Tensor, BlockJacobian]:
+    """Return all columns of a frame's atoms, and their Jacobian in blocks."""
+    n_species = len(model.symbols)
+    pairs = neighbours(frame, model.aev.r_cut_radial)
+    G = aev(model.aev, n_species, channels, pairs)
+    J = aev_jacobian(model.aev, n_species, channels, pairs)
+    if model.enrichment is None:
+        return G, J
+    richer, blocks = model.enrichment.columns_and_jacobian(frame)
+    own, extra = G.shape[1] // BLOCK, richer.shape[1] // BLOCK
+    rows = torch.cat(
+        [J.rows // own * (own + extra) + J.rows % own, blocks.rows // extra * (own + extra) + own + blocks.rows % extra]
+    )
+    order = torch.argsort(rows, stable=True)
+    atoms, values = torch.cat([J.atoms, blocks.atoms]), torch.cat([J.values, blocks.values])
+    return torch.cat([G, richer], dim=1), BlockJacobian(rows[order], atoms[order], values[order])
 
 
 def _check_space(folder: Path, bytes_per_atom: float, frames: Sequence[Atoms]) -> None:

@@ -14,13 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tlmc.descriptors.aev import AEVParameters
-from tlmc.errors import ModelError
+from tlmc.descriptors.enrichment import Enrichment
+from tlmc.errors import ConfigError, ModelError
 from tlmc.files import atomic_path
 from tlmc.potentials.model import Layer, Potential
 from tlmc.provenance import git_revision, package_versions
 from tlmc.reference import ReferenceEnergies
 
 FORMAT = "tlmc-model-1"
+_ENRICHMENT = ("shift", "projection")
+"""Tensors of an enrichment, kept under these names."""
 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -78,6 +81,7 @@ def save_model(potential: Potential, path: Path | str, metadata: Mapping[str, An
             "element_map": potential.element_map,
             "reference": None if potential.reference is None else potential.reference.to_json(),
             "scale": potential.scale,
+            "enrichment": None if potential.enrichment is None else potential.enrichment.to_json(),
         },
         "versions": package_versions(),
         "git_revision": git_revision(),
@@ -89,6 +93,8 @@ def save_model(potential: Potential, path: Path | str, metadata: Mapping[str, An
         for number, layer in enumerate(layers)
         for part, tensor in zip(("weight", "bias"), layer, strict=True)
     }
+    if potential.enrichment is not None:
+        tensors |= {f"enrichment.{name}": getattr(potential.enrichment, name) for name in _ENRICHMENT}
     save_tensors(path, tensors, description)
 
 
@@ -105,6 +111,11 @@ def load_model(path: Path | str) -> tuple[Potential, dict[str, Any]]:
         raise ModelError(f"{path} holds {description.get('format', 'no model')!r}, this version reads {FORMAT!r}")
     try:
         content = description["model"]
+        enrichment = None
+        if content.get("enrichment") is not None:
+            extra: dict[str, Any] = {name: tensors.pop(f"enrichment.{name}") for name in _ENRICHMENT}
+            enrichment = Enrichment(**content["enrichment"], **extra)
+            _ = enrichment.descriptor  # an unknown one is said now
         depth = 1 + max(int(name.split(".")[1]) for name in tensors)
         networks = {
             symbol: tuple(
@@ -124,8 +135,9 @@ def load_model(path: Path | str) -> tuple[Potential, dict[str, Any]]:
             element_map=content["element_map"],
             reference=None if content["reference"] is None else ReferenceEnergies.from_json(content["reference"]),
             scale=content["scale"],
+            enrichment=enrichment,
         )
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, ConfigError) as error:
         raise ModelError(f"{path} lacks a part of the model or holds a wrong one: {error}") from error
     metadata = {"versions": description["versions"], "git_revision": description["git_revision"]}
     return potential, metadata | description["metadata"]

@@ -23,21 +23,39 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tlmc.descriptors.enrichment import Compression, fit_enrichment
 from tlmc.errors import ConfigError, DataError, ModelError
 from tlmc.files import atomic_path, write_json
 from tlmc.labelled import Dataset
 from tlmc.potentials.model import Potential
-from tlmc.potentials.transfer import scratch, trainable_layers
+from tlmc.potentials.transfer import enrich, scratch, trainable_layers
 from tlmc.reference import fit_reference
 from tlmc.splits import Split
 from tlmc.training.cache import DescriptorCache, build_cache
 from tlmc.training.checkpoint import load_model, load_tensors, save_model, save_tensors
 from tlmc.training.engine import Batch, Engine, merge
 from tlmc.training.loss import LossAndSlopes, LossKind, batch_loss
+from tlmc.training.low_rank import LowRank
 from tlmc.training.optimizer import Update, apply
+from tlmc.training.replay import Replay, isolated_molecules
 from tlmc.training.warm_start import ridge_start
 
 _LOG = logging.getLogger(__name__)
+
+
+class RicherColumns(BaseModel):
+    """Columns of another descriptor behind the AEV (:mod:`tlmc.descriptors.enrichment`), fitted on training frames."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str = "soap"
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the descriptor that differ from its defaults; elements are those of the data."""
+    compression: Compression = "species"
+    n_columns: int = Field(128, ge=1)
+    """Principal components with ``compression="pca"``."""
+    scale: float = Field(0.1, gt=0.0)
+    """Standard deviation of the columns: the larger, the faster they learn; from 0.4 on the first steps do harm."""
 
 
 class FinetuneConfig(BaseModel):
@@ -83,11 +101,22 @@ class FinetuneConfig(BaseModel):
     seed: int = Field(0, ge=0)
     """Order of the batches, and the weights with ``init="scratch"``."""
     precision: Literal["float32", "float64"] = "float32"
+    richer: RicherColumns | None = None
+    """Columns that the model gets in addition; a model with such columns exports to our own format only."""
+    rank: int | None = Field(None, ge=1)
+    """Keep the start weights and learn products of thin matrices of this rank beside them
+    (:mod:`tlmc.training.low_rank`); weight decay then pulls towards the start model."""
+    replay: float = Field(0.0, ge=0.0)
+    """Weight of staying as the start model is on small isolated molecules (:mod:`tlmc.training.replay`)."""
 
     @model_validator(mode="after")
-    def _check_warm_start(self) -> FinetuneConfig:
+    def _check_combinations(self) -> FinetuneConfig:
         if self.warm_start == "ridge" and self.layers == "hidden":
             raise ValueError("warm_start = 'ridge' fits the output layers, which layers = 'hidden' keeps frozen")
+        if self.warm_start == "ridge" and self.rank is not None:
+            raise ValueError("warm_start = 'ridge' changes the weights that rank keeps: choose one of them")
+        if self.init == "scratch" and self.replay:
+            raise ValueError("replay keeps what the start model knows, which init = 'scratch' throws away")
         return self
 
 
@@ -100,6 +129,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "scratch": {"init": "scratch"},
     "frozen": {"layers": "hidden"},
+    "rich": {
+        "epochs": 60, "lambda_": 0.1, "lr": 3e-4, "weight_decay": 0.01, "schedule": "cosine", "warmup_epochs": 1,
+        "loss": "huber", "huber_delta": 0.1, "richer": {"kind": "soap"},
+    },
 }  # fmt: skip
 """Named settings, as differences from the thesis protocol."""
 
@@ -221,9 +254,13 @@ def finetune(
 
     threads = threads or (1 if model.members == 1 else torch.get_num_threads())
     begin = scratch(model, config.seed) if config.init == "scratch" else model
+    if config.richer is not None:
+        train = [dataset.frames[k] for k in split.train]
+        begin = enrich(begin, fit_enrichment(train, species=dataset.elements, **config.richer.model_dump()))
     dtype = cast(torch.dtype, getattr(torch, config.precision))
+    replayed = isolated_molecules(dataset.elements, "replayed") if config.replay else []
     with _bar(progress, len(dataset), "descriptors") as bar:
-        cache = build_cache(begin, dataset.frames, dtype, report=bar.update)
+        cache = build_cache(begin, (*dataset.frames, *replayed), dtype, report=bar.update)
     n_layers = len(next(iter(begin.networks.values())))
     trainer = _Trainer(begin, dataset, split, config, cache, trainable_layers(config.layers, n_layers))
     resumed_from = 0
@@ -289,7 +326,7 @@ class _Trainer:
         self.engine = Engine(model, cache, trainable)
         self.forces = [
             torch.from_numpy(forces)[structure.order].to(self.engine.flat.dtype)
-            for forces, structure in zip(dataset.forces, cache, strict=True)
+            for forces, structure in zip(dataset.forces, cache, strict=False)  # molecules for replay come after them
         ]
         train_frames = [dataset.frames[i] for i in split.train]
         predicted = self._network_energies(split.train) + model.with_reference(None).atomic_reference(train_frames)
@@ -298,7 +335,13 @@ class _Trainer:
         self.energies = torch.from_numpy(dataset.energies) - self.engine.model.atomic_reference(dataset.frames)
         self.loss = partial(batch_loss, lambda_=config.lambda_, kind=config.loss, delta=config.huber_delta)
         self.steps_per_epoch = math.ceil(len(split.train) / config.batch_size)
-        self.trains_first = trainable[0]
+        self.low_rank = LowRank(self.engine, config.rank, config.seed) if config.rank else None
+        replayed = [cache[i] for i in range(len(dataset), len(cache))]
+        self.replay = (
+            Replay(self.engine, replayed, config.replay, config.batch_size, self.loss, config.seed)
+            if replayed else None
+        )  # fmt: skip
+        self.trains_first = trainable[0] and self.low_rank is None
 
     def start(self) -> _State:
         """Return the state before the first step, after the warm start if there is one."""
@@ -308,12 +351,15 @@ class _Trainer:
                 self.engine, self.cache, self.split.train, self.energies, self.forces,
                 self.config.lambda_, self.config.ridge,
             )  # fmt: skip
+        learned = flat if self.low_rank is None else self.low_rank.flat
         tensors = {
             "flat": flat,
-            "exp_avg": torch.zeros_like(flat),
-            "exp_avg_sq": torch.zeros_like(flat),
+            "exp_avg": torch.zeros_like(learned),
+            "exp_avg_sq": torch.zeros_like(learned),
             "best": flat.clone(),
         }
+        if self.low_rank is not None:
+            tensors["factors"] = learned
         if self.config.ema_decay is not None:
             tensors["ema"] = flat.clone()
         inactive = dict.fromkeys(("flat", "ema", "best"), 1.0)
@@ -325,6 +371,9 @@ class _Trainer:
         """Continue from a state: its weights become the engine's own."""
         self.engine.flat.copy_(state.tensors["flat"])
         state.tensors["flat"] = self.engine.flat
+        if self.low_rank is not None:
+            self.low_rank.flat.copy_(state.tensors["factors"])
+            state.tensors["factors"] = self.low_rank.flat
 
     def epoch(self, state: _State) -> dict[str, float]:
         """Train one epoch, validate, and bring the state up to date; return the new row of the learning curve."""
@@ -335,18 +384,17 @@ class _Trainer:
         for first in range(0, len(order), config.batch_size):
             rate = self._rate(state)
             batch, energies, forces = self._batch(order[first : first + config.batch_size])
+            learned = self.engine if self.low_rank is None else self.low_rank
             update = Update(
-                self.engine.flat, state.tensors["exp_avg"], state.tensors["exp_avg_sq"], self.engine.gradient,
+                learned.flat, state.tensors["exp_avg"], state.tensors["exp_avg_sq"], learned.gradient,
                 rate, config.weight_decay, state.step + 1,
             )  # fmt: skip
             watch = partial(self._finite, train.watch(self.loss), state)
-            if config.clip_norm is None:
+            if config.clip_norm is None and self.low_rank is None and self.replay is None:
                 self.engine.loss_gradient(batch, energies, forces, watch, update)
             else:
                 self.engine.loss_gradient(batch, energies, forces, watch)
-                norm = torch.linalg.vector_norm(self.engine.gradient)
-                self.engine.gradient.mul_((config.clip_norm / norm).clamp(max=1.0))
-                apply(update)
+                self._finish_step(update)
             state.step += 1
             if self.trains_first:
                 state.inactive["flat"] *= 1.0 - rate * config.weight_decay
@@ -367,6 +415,19 @@ class _Trainer:
         state.epoch += 1
         state.history.append(row)
         return row
+
+    def _finish_step(self, update: Update) -> None:
+        """Take a step with the gradient that the engine holds, and whatever else the settings ask for."""
+        if self.replay is not None:
+            self.replay.add_gradient(update.step)
+        if self.low_rank is not None:
+            self.low_rank.pull_back()
+        if self.config.clip_norm is not None:
+            norm = torch.linalg.vector_norm(update.slope)
+            update.slope.mul_((self.config.clip_norm / norm).clamp(max=1.0))
+        apply(update)
+        if self.low_rank is not None:
+            self.low_rank.push()
 
     def _finite(self, loss: partial[LossAndSlopes], state: _State, *errors: Tensor) -> LossAndSlopes:
         """Return the loss, or stop before a useless gradient spoils the weights."""
@@ -512,8 +573,15 @@ def _describe(model: Potential, dataset: Dataset, split: Split, config: Finetune
         "data": {"name": dataset.name, "hash": dataset.hash, "frames": len(dataset)},
         "split": {"hash": digest.hexdigest(), "train": len(split.train), "validation": len(split.validation)},
         # settings that came later stay out where they change nothing, so that runs made before go on
-        "config": config.model_dump(exclude={"warm_start", "ridge"} if config.warm_start == "none" else None),
+        "config": config.model_dump(exclude=_later_settings(config)),
     }
+
+
+def _later_settings(config: FinetuneConfig) -> set[str]:
+    """Return the settings that did not exist once and that change nothing here."""
+    unused = {"warm_start", "ridge"} if config.warm_start == "none" else set()
+    later = ("richer", "rank", "replay")
+    return unused | {name for name in later if getattr(config, name) == FinetuneConfig.model_fields[name].default}
 
 
 def _weights_hash(model: Potential) -> str:

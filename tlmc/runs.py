@@ -1,0 +1,174 @@
+"""One run of a sweep as a small YAML file: which data, which start model, what differs from a recipe, which seed.
+
+A sweep (ablations, several crystals, several seeds) is a list of runs. Each can be executed here, in this process, or
+by any scheduler that hands a notebook the file's content as parameters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tlmc.datasets import load_dataset
+from tlmc.errors import ConfigError
+from tlmc.evaluation.forgetting import forgetting
+from tlmc.evaluation.records import append_records, rows_from_metrics
+from tlmc.experiments import Experiment, run_experiment
+from tlmc.files import write_text
+from tlmc.labelled import Dataset
+from tlmc.potentials.model import Potential
+from tlmc.potentials.pretrained import load_start_model
+from tlmc.potentials.transfer import Borrowing, first_members, with_elements
+from tlmc.splits import SplitMethod, shrunk, split_dataset
+from tlmc.training.finetune import FinetuneConfig, recipe, run_name
+from tlmc.training.replay import isolated_molecules
+
+MOLECULES: Final = "molecules"
+"""The part of the records that holds errors against the start model, on isolated molecules."""
+
+
+class Run(BaseModel):
+    """One fine-tuning of a sweep."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dataset: str
+    """Name or file, as `tlmc.datasets.load_dataset` takes it."""
+    crystals_only: bool = False
+    """Leave isolated molecules out."""
+    start_model: Literal["ani2x", "ani2xt"] = "ani2x"
+    recipe: str = "short"
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """What differs from the recipe, fields of :class:`tlmc.training.finetune.FinetuneConfig`."""
+    label: str = ""
+    """Name that results are filed under; by default the recipe and what differs from it."""
+    n_train: int = Field(0, ge=0)
+    """Training frames; 0 for the whole training part."""
+    members: int = Field(0, ge=0)
+    """Use so many members of the start model's ensemble, the first ones; 0 for all."""
+    element_map: dict[str, str] = Field(default_factory=dict)
+    """New element to donor."""
+    borrow: Borrowing = "relabel"
+    split: SplitMethod = "random"
+    seed: int = Field(0, ge=0)
+    """Of split, training and choice of training frames."""
+
+    @property
+    def name(self) -> str:
+        """What results are filed under."""
+        if self.label:
+            return self.label
+        return ", ".join([self.recipe, *(f"{key} {value}" for key, value in sorted(self.settings.items()))])
+
+    @property
+    def config(self) -> FinetuneConfig:
+        """The settings of the training.
+
+        Raises
+        ------
+        ConfigError
+            If the recipe or a setting is unknown or out of range.
+        """
+        return recipe(self.recipe, **(self.settings | {"recipe": self.name, "seed": self.seed}))
+
+    @property
+    def slug(self) -> str:
+        """A file name that says what the run is and changes with every field."""
+        # fields that came later stay out where they change nothing, as in the file
+        digest = hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()[:8]
+        words = [Path(self.dataset).stem, self.start_model, self.name, str(self.n_train or ""), f"seed{self.seed}"]
+        return "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", word).strip("_") for word in words if word) + f"-{digest}"
+
+
+def execute(run: Run, study: str = "", progress: bool | None = None) -> Experiment:
+    """Carry out a run: split, fine-tune, evaluate on the test part, record; a finished one is read.
+
+    Parameters
+    ----------
+    run
+        What to do.
+    study, progress
+        As in :func:`tlmc.experiments.run_experiment`. With a study, what the model has forgotten is recorded too, as
+        errors of the part ``molecules`` (:mod:`tlmc.evaluation.forgetting`).
+
+    Raises
+    ------
+    DataError, ModelError, ConfigError
+        As the steps raise them, before training starts.
+    """
+    config = run.config
+    start, model, dataset = _prepared(run)
+    experiment = run_experiment(
+        model, dataset, config, split=run.split, n_train=run.n_train, study=study, progress=progress
+    )
+    if study:
+        result = experiment.result
+        metrics = forgetting(start, result.potential, isolated_molecules(dataset.elements, "held out"))
+        rows = rows_from_metrics(
+            metrics, study=study, dataset=dataset.name, start_model=model.name, recipe=config.recipe, seed=run.seed,
+            split=MOLECULES, n_train=len(experiment.split.train), run_id=result.run_id,
+        )  # fmt: skip
+        append_records(rows)
+    return experiment
+
+
+def run_id(run: Run) -> str:
+    """Return the hash of start model, data, split and settings that the results of a run are recorded with.
+
+    Raises
+    ------
+    DataError, ModelError, ConfigError
+        As :func:`execute`.
+    """
+    _, model, dataset = _prepared(run)
+    parts = split_dataset(dataset, method=run.split, seed=run.seed)
+    if run.n_train:
+        parts = shrunk(parts, run.n_train, run.seed)
+    return run_name(model, dataset, parts, run.config).rpartition("-")[2]
+
+
+def _prepared(run: Run) -> tuple[Potential, Potential, Dataset]:
+    """Return the start model, the same with borrowed elements, and the frames."""
+    dataset = load_dataset(run.dataset)
+    if run.crystals_only:
+        dataset = dataset.crystals()
+    start = load_start_model(run.start_model)
+    if run.members:
+        start = first_members(start, run.members)
+    return start, with_elements(start, run.element_map, run.borrow), dataset
+
+
+def write_run(run: Run, path: Path | str) -> None:
+    """Write a run as YAML; fields with their default value are left out."""
+    write_text(path, yaml.safe_dump(run.model_dump(exclude_defaults=True), sort_keys=False))
+
+
+def read_run(path: Path | str) -> Run:
+    """Read what :func:`write_run` wrote, or somebody by hand.
+
+    Raises
+    ------
+    ConfigError
+        If the file does not exist, is not YAML, or a field is unknown or wrong.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    try:
+        run = Run.model_validate(content)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc'])) or 'content'} = {problem['input']!r:.80}: {problem['msg']}"
+            for problem in error.errors()
+        )
+        raise ConfigError(f"{path}: {problems}") from error
+    _ = run.config  # an unknown setting is said now, not after the data are loaded
+    return run
