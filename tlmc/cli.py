@@ -194,7 +194,7 @@ def finetune(
     ctx: typer.Context,
     dataset: Annotated[str, typer.Argument(help="Name (tlmc fetch --list) or any file that ASE reads.")],
     start_model: Annotated[str, typer.Option(help="ani2x, ani2xt, or a model.safetensors to go on from.")] = "ani2xt",
-    recipe: Annotated[str, typer.Option(help="thesis, short, rich, scratch or frozen.")] = "short",
+    recipe: Annotated[str, typer.Option(help="thesis, short, quick, rich, scratch or frozen.")] = "short",
     seed: Annotated[int, typer.Option(min=0, help="Of the split and of the training.")] = 0,
     epochs: Annotated[int | None, typer.Option(help="Default: the recipe's.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Structures per step. Default: the recipe's.")] = None,

@@ -216,7 +216,7 @@ def error_against_time_panels(tables: Mapping[str, pd.DataFrame]) -> Figure:
     Parameters
     ----------
     tables
-        By the name of the data set, each as :func:`tlmc.experiments.convergence` returns it.
+        By the name of the data set, each as :func:`tlmc.experiments.convergence` returns it, with the same settings.
 
     Raises
     ------
@@ -225,13 +225,11 @@ def error_against_time_panels(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """
     if not tables:
         raise DataError("error against time needs at least one table, got none")
-    figure, axes = subplots(2, len(tables), width=COLUMN * min(len(tables), 2))
-    for column, (name, table) in enumerate(tables.items()):
-        for row, quantity in enumerate(("force_rmse_vector", "energy_rmse_per_atom")):
-            ax = error_against_time(table, axes[row, column], quantity=cast(Any, quantity))
-            if row == 0:
-                ax.set(title=name, xlabel="")
-            legend = ax.get_legend()
-            if (row, column) != (0, 0) and legend is not None:
-                legend.remove()
+    figure, axes = subplots(2, len(tables), width=0.8 * COLUMN * len(tables))
+    for column, (name, table) in zip(axes.T, tables.items(), strict=True):
+        for ax, quantity in zip(column, ("force_rmse_vector", "energy_rmse_per_atom"), strict=True):
+            error_against_time(table, ax, quantity=cast(Any, quantity)).get_legend().remove()  # type: ignore[union-attr]
+        column[0].set(title=name, xlabel="")
+    # one legend, where it hides no curve
+    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

@@ -129,6 +129,10 @@ class FinetuneConfig(BaseModel):
 RECIPES: dict[str, dict[str, Any]] = {
     "thesis": {},
     "short": {"epochs": 60, "lambda_": 0.1, "lr": 3e-4, "weight_decay": 0.01, "schedule": "cosine"},
+    "quick": {
+        "epochs": 30, "batch_size": 4, "lambda_": 0.1, "lr": 6e-4, "weight_decay": 0.01, "schedule": "cosine",
+        "warmup_epochs": 1.0,
+    },
     "scratch": {"init": "scratch"},
     "frozen": {"layers": "hidden"},
     "rich": {
