@@ -340,7 +340,9 @@ def test_divergence_is_named():
 
 
 def test_unknown_and_wrong_settings():
-    with pytest.raises(ConfigError, match="no recipe 'best': choose one of thesis, short, quick, scratch, frozen, rich"):
+    with pytest.raises(
+        ConfigError, match="no recipe 'best': choose one of thesis, short, quick, scratch, frozen, rich"
+    ):
         recipe("best")
     with pytest.raises(ConfigError, match="recipe short: learning_rate = 0.1: Extra inputs are not permitted"):
         recipe("short", learning_rate=0.1)

@@ -294,9 +294,9 @@ def convergence_table(table: pd.DataFrame, baseline: str = "short") -> pd.DataFr
     if baseline not in order:
         raise ConfigError(f"there is no setting {baseline!r} to compare with among {', '.join(order)}")
     ends = table.groupby(["setting", "dataset", "seed"])[list(names)].last().rename(columns=names)
-    logs = np.log(ends * [1.0, 1.0, 1000.0])
-    ratios = logs - logs.loc[baseline].reindex(logs.droplevel("setting").index).to_numpy()
-    result = np.exp(logs.groupby("setting").mean())
+    logs = (ends * [1.0, 1.0, 1000.0]).apply(np.log)
+    ratios = logs - logs.loc[baseline].reindex(logs.reset_index("setting").index).to_numpy()
+    result = logs.groupby("setting").mean().apply(np.exp)
     result.insert(0, "epochs", table.groupby("setting")["epoch"].max().astype(int))
     for name, column in zip(("time", "F", "E"), names.values(), strict=True):
         result[f"{name} / {baseline}"] = np.exp(ratios.groupby("setting")[column].mean())
