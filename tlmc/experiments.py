@@ -234,7 +234,7 @@ def convergence(
         if not target.exists():
             _LOG.info("%s on %s, seed %d", name, dataset.name, config.seed)
             write_text(target, _timed_history(model, dataset, parts, config, progress).to_csv(index=False))
-        labels = {"dataset": dataset.name, "setting": name, "seed": config.seed}
+        labels: dict[str, Any] = {"dataset": dataset.name, "setting": name, "seed": config.seed}
         table = pd.read_csv(target)
         tables.append(table.assign(**labels)[[*labels, *table.columns]])
     return pd.concat(tables, ignore_index=True)
