@@ -57,7 +57,7 @@ def isolated_molecules(elements: Sequence[str], part: MoleculePart) -> list[Atom
         If a half would be empty.
     """
     allowed = set(elements) & set(NATIVE)
-    found = sorted((len(atoms), name) for name in g2.names if _is_stable(atoms := molecule(name), allowed))
+    found = sorted((len(atoms), name) for name in g2.names if _is_stable(name, atoms := molecule(name), allowed))
     names = [name for _, name in found[0 if part == "replayed" else 1 :: 2]]
     if not names:
         raise ConfigError(
@@ -74,9 +74,10 @@ def isolated_molecules(elements: Sequence[str], part: MoleculePart) -> list[Atom
     return frames
 
 
-def _is_stable(atoms: Atoms, allowed: set[str]) -> bool:
+def _is_stable(name: str, atoms: Atoms, allowed: set[str]) -> bool:
     return (
         len(atoms) >= 3
+        and not name.endswith("_s1A1d")  # singlet carbenes: closed-shell, but no molecules that the models know
         and not atoms.get_initial_magnetic_moments().any()
         and set(atoms.get_chemical_symbols()) <= allowed
     )
