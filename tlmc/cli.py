@@ -301,7 +301,10 @@ def casestudy(
         n_folds=folds,
     )
     text = format_errors(table)
-    columns = [*map(str, text.index.names), *(Column(name, justify="right") for name in text.columns)]
+    columns: list[Column | str] = [
+        *map(str, text.index.names),
+        *(Column(name, justify="right") for name in text.columns),
+    ]
     shown = Table(*columns, title="RMSE, test part")
     for key, row in zip(text.index, text.to_numpy(), strict=True):
         shown.add_row(*key, *row)
