@@ -13,6 +13,7 @@ several, or ``tlmc finetune --processes``, on one; a notebook calls the latter a
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -188,12 +189,14 @@ def launch(n_processes: int, arguments: Sequence[str]) -> int:
     ContactError
         If a process was killed.
     """
-    # not at the top: logging of the launcher is set up by its import
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")
+    # not at the top, since the processes themselves do without it
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what ended is said once, by the process or below
     # torch counts what either variable allows
     share = str(max(1, torch.get_num_threads() // n_processes))
     os.environ.update({"OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share, "TLMC_THREADS": share})
@@ -214,11 +217,14 @@ def launch(n_processes: int, arguments: Sequence[str]) -> int:
         try:
             elastic_launch(config, sys.executable)(*arguments)
         except ChildFailedError as error:
-            rank, failure = min(error.failures.items())
-            if failure.exitcode < 0:
-                name = signal.Signals(-failure.exitcode).name
-                raise ContactError(f"process {rank} ended with {name}: the same command goes on") from error
-            return int(failure.exitcode)
+            ended = {rank: int(failure.exitcode) for rank, failure in error.failures.items()}
+            # the first that fails makes the launcher end the others
+            by_itself = {rank: status for rank, status in ended.items() if status != -signal.SIGTERM}
+            rank, status = min((by_itself or ended).items())
+            if status < 0:
+                killer = signal.Signals(-status).name
+                raise ContactError(f"process {rank} ended with {killer}: the same command goes on") from error
+            return status
         except SignalException as error:
             return 128 + int(error.sigval)
         finally:
