@@ -183,7 +183,7 @@ class TestFinetune:
             (["--set", "lambda_"], "--set takes NAME=VALUE, got 'lambda_'"),
             (
                 ["--recipe", "long"],
-                "there is no recipe 'long': choose one of thesis, short, quick, scratch, frozen, rich",
+                "there is no recipe 'long': choose one of thesis, short, quick, scratch",
             ),
             (["--epochs", "0"], "epochs = 0: Input should be greater than or equal to 1"),
             (["--map", "Si"], "--map takes NAME=VALUE, got 'Si'"),

@@ -594,12 +594,13 @@ class TestErrorAgainstTime:
         ]  # fmt: skip
         return pd.DataFrame(rows)
 
-    def test_a_line_per_seed_that_ends_in_a_point(self):
+    def test_a_line_per_setting_and_a_point_per_seed(self):
         ax = plots.error_against_time(self.table(), quantity="energy_rmse_per_atom")
         assert legend(ax) == ["plain", "ridge"]
-        assert [len(line.get_xdata()) for line in ax.lines] == [3, 1] * 4
-        np.testing.assert_allclose(ax.lines[2].get_xdata(), [3.0, 5.0, 7.0])
-        np.testing.assert_allclose(ax.lines[3].get_ydata(), [10.0 / 3])
+        assert [len(line.get_xdata()) for line in ax.lines] == [3, 2] * 2
+        np.testing.assert_allclose(ax.lines[2].get_xdata(), np.sqrt([2.0 * 3.0, 4.0 * 5.0, 6.0 * 7.0]))
+        np.testing.assert_allclose(ax.lines[3].get_xdata(), [6.0, 7.0])
+        np.testing.assert_allclose(ax.lines[3].get_ydata(), [10.0 / 3] * 2)
         assert (ax.get_xscale(), ax.get_ylabel()) == ("log", "validation energy RMSE (meV/atom)")
 
     def test_missing_columns(self):

@@ -191,9 +191,8 @@ def convergence(
     """Train with several settings and tell how the validation error falls with the processor time spent.
 
     Descriptors are computed, and kernels compiled, beforehand; a warm start counts. Runs of one seed share split and
-    start. Processor time is measured over a whole run, which makes it comparable on a shared machine, and handed to its
-    epochs in proportion to their wall time. Each run leaves its part of the table under ``reports/runs/convergence``,
-    where another call finds it.
+    start. Processor time, unlike time on the clock, is comparable on a shared machine. Each run leaves its part of the
+    table under ``reports/runs/convergence``, where another call finds it.
 
     Parameters
     ----------
@@ -254,12 +253,12 @@ def _timed_history(
     dtype = getattr(torch, config.precision)
     build_cache(model, dataset.frames, dtype)
     kernels(dtype)
-    wall, cpu = time.perf_counter(), time.process_time()
+    began = time.process_time()
     history = finetune(model, dataset, parts, config, progress=progress).history
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    seconds = wall - history["seconds"].sum() + history["seconds"].cumsum()
+    epochs = history["cpu_seconds"].cumsum()
+    before = time.process_time() - began - epochs.iloc[-1]
     columns = ["epoch", "validation_force_rmse_vector", "validation_energy_rmse_per_atom"]
-    return history[columns].assign(cpu_seconds=seconds * cpu / wall)
+    return history[columns].assign(cpu_seconds=before + epochs)
 
 
 def convergence_table(table: pd.DataFrame, baseline: str = "short") -> pd.DataFrame:

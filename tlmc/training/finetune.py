@@ -171,7 +171,8 @@ class FinetuneResult:
     """Final weights with the reference energies fitted on the training part."""
     history: pd.DataFrame
     """A row per epoch: epoch, lr, train_loss and validation_loss (eV^2), energy RMSE per atom (eV/atom) and vector
-    force RMSE (eV/A) of training (running, while weights change) and validation, validation_score, seconds."""
+    force RMSE (eV/A) of training (running, while weights change) and validation, validation_score, and the
+    seconds and cpu_seconds that the epoch took."""
     best_epoch: int
     """Epoch with the lowest validation score."""
     config: FinetuneConfig
@@ -411,7 +412,7 @@ class _Trainer:
 
     def epoch(self, state: _State) -> dict[str, float]:
         """Train one epoch, validate, and bring the state up to date; return the new row of the learning curve."""
-        began, config = time.perf_counter(), self.config
+        began, began_cpu, config = time.perf_counter(), time.process_time(), self.config
         # at the start all that a checkpoint held, later what unequal machines differ by; sorted, since a file has an
         # order of its own
         for name in sorted(state.tensors):
@@ -437,6 +438,7 @@ class _Trainer:
         row = {"epoch": float(state.epoch + 1), "lr": rate} | train.summary("train") | validation.summary("validation")
         score = math.sqrt(row["validation_force_rmse_vector"] * row["validation_energy_rmse_per_atom"])
         row |= {"validation_score": score, "seconds": time.perf_counter() - began}
+        row |= {"cpu_seconds": time.process_time() - began_cpu}
         if score < state.best_score:
             source = "flat" if config.ema_decay is None else "ema"
             state.best_score, state.best_epoch = score, state.epoch + 1
