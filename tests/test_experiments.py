@@ -21,7 +21,7 @@ def test_recipes_and_seeds_run_in_order_and_are_recorded(few, ani2xt):
     experiments = run_recipes(ani2xt, few, ["short", "thesis"], 2, first_seed=3, study="trial", epochs=1)
     found = [(e.result.config.recipe, e.result.config.seed, e.split.seed) for e in experiments]
     assert found == [("short", 3, 3), ("short", 4, 4), ("thesis", 3, 3), ("thesis", 4, 4)]
-    records = read_records(study="trial", quantity="force_rmse_vector")
+    records = read_records(study="trial", quantity="force_rmse_vector", split="test")
     assert set(records["recipe"]) == {"start", "start, offset refitted", "short", "thesis"}
     value = records.query("recipe == 'short' and seed == 4")["value"].item()
     assert value == experiments[1].stages["short"].metrics["force_rmse_vector"].value
