@@ -503,10 +503,10 @@ def _by_seed(name: str, ablation: Ablation, shown: pd.DataFrame) -> tuple[pd.Dat
             column = f"{word}{title}" if split == "test" else f"{word}{title.replace(' vector', '')}"
             seeds[column] = factor * wide[split, quantity] if (split, quantity) in wide else np.nan
     seeds["validation score"] = np.sqrt(seeds["validation F (eV/A)"] * seeds["validation E (meV/atom)"])
-    cells = seeds.reset_index("recipe").index
+    of_baseline = seeds[seeds.index.get_level_values("recipe") == baseline].droplevel("recipe")
+    cells = pd.MultiIndex.from_arrays([seeds.index.get_level_values(level) for level in ("dataset", "seed")])
     for title, column in (("F / baseline", F), ("E / baseline", E)):
-        of_baseline = seeds.loc[seeds.index.get_level_values("recipe") == baseline, column].droplevel("recipe")
-        seeds[title] = seeds[column] / of_baseline.reindex(cells).to_numpy()
+        seeds[title] = seeds[column] / of_baseline[column].reindex(cells).to_numpy()
     return seeds, shown.groupby(["dataset", "recipe"])["n_train"].mean()
 
 

@@ -51,9 +51,9 @@ class LowRank:
         shapes, first = [], 0
         for layers in engine.layers.values():
             for layer, on in zip(layers, engine.trainable, strict=True):
-                for part in layer if on else ():
-                    shapes.append((slice(first, first + part.numel()), part.shape, _shapes(part.shape, rank)))
-                    first += part.numel()
+                for array in layer if on else ():
+                    shapes.append((slice(first, first + array.numel()), array.shape, _shapes(array.shape, rank)))
+                    first += array.numel()
         size = sum(shape.numel() for _, _, change in shapes for shape in change)
         self.flat = engine.flat.new_zeros(size)
         """Factors and differences; an optimiser changes them in place."""
@@ -70,10 +70,10 @@ class LowRank:
                 first = last
             self._parts.append(_Part(where, shape, tuple(views), tuple(slopes)))
         generator = torch.Generator(device="cpu").manual_seed(seed)
-        for _, _, change, _ in self._parts:
-            if len(change) == 2:
-                drawn = torch.randn(change[1].shape, generator=generator, dtype=torch.float64)
-                change[1].copy_(drawn / rank**0.5)
+        for part in self._parts:
+            if len(part.change) == 2:
+                B = part.change[1]
+                B.copy_(torch.randn(B.shape, generator=generator, dtype=torch.float64) / rank**0.5)
 
     def pull_back(self) -> None:
         """Fill :attr:`gradient` from the engine's gradient of the whole weights."""
