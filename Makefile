@@ -10,7 +10,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install study test test-python test-notebooks lint bench notebooks strip clean
+.PHONY: help install study test test-python test-notebooks test-cluster lint bench notebooks strip clean
 
 PROFILE ?= laptop
 JOBS ?= 2
@@ -41,12 +41,16 @@ test-notebooks: $(STAMP) ## the notebooks alone (smoke profile)
 	$(TEST_ENV) $(PY) -m pytest -n $(JOBS) --dist loadscope --nbval-lax --nbval-current-env \
 		--nbval-cell-timeout 600 --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
 
+test-cluster: $(STAMP) ## a sweep through a real Slurm of one node on this machine (Debian's packages; installed if root)
+	$(PY) tests/cluster/slurm_sweep.py
+
 lint: $(STAMP) ## ruff (lint and format, notebooks included) and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-bench: $(STAMP) ## time a training step against the loop of the thesis
+bench: $(STAMP) ## time descriptors against DScribe and a training step against the loop of the thesis
+	$(PY) tests/benchmarks/descriptors.py
 	$(PY) tests/benchmarks/training_step.py
 
 notebooks: $(STAMP) ## run the notebooks (smoke profile) and store the outputs that `make test` compares with

@@ -178,6 +178,20 @@ def test_smooth_at_the_cutoff(name):
 
 
 @pytest.mark.parametrize("name", LOCAL)
+def test_differentiable_twice(name):
+    """What a potential that learns from forces needs; in a cell whose atoms meet images of themselves."""
+    environments = LOCAL[name].environments(random_structure(13), [0])
+    weights = torch.randn(LOCAL[name].n_features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def value(vectors):
+        return LOCAL[name].values(environments._replace(vectors=vectors)) @ weights
+
+    vectors = environments.vectors.clone().requires_grad_()
+    assert torch.autograd.gradcheck(value, (vectors,), fast_mode=True)
+    assert torch.autograd.gradgradcheck(value, (vectors,), fast_mode=True)
+
+
+@pytest.mark.parametrize("name", LOCAL)
 def test_chosen_centres(name):
     frame = random_structure(5)
     descriptor = LOCAL[name]

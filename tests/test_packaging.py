@@ -155,7 +155,7 @@ class TestMake:
         command = ["make", "--no-print-directory", "-C", str(ROOT), "-n", "-W", "constraints.txt", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    @pytest.mark.parametrize("target", ["study", "test", "lint", "bench", "notebooks", "clean", "help"])
+    @pytest.mark.parametrize("target", ["study", "test", "test-cluster", "lint", "bench", "notebooks", "clean", "help"])
     def test_targets_exist_and_are_documented(self, target):
         self.dry_run(target)
         listing = subprocess.run(["make", "-C", str(ROOT), "help"], capture_output=True, text=True, check=True).stdout

@@ -14,7 +14,13 @@ from ase import Atoms
 from ase.build import molecule
 from scipy import integrate, special
 
-from tlmc.descriptors.harmonics import harmonics_and_gradients, spherical_harmonics
+from tlmc.descriptors.harmonics import (
+    degrees,
+    harmonic_factors,
+    joined_harmonics,
+    padded_harmonics_and_gradients,
+)
+from tlmc.descriptors.polynomials import chebyshev_polynomials
 from tlmc.descriptors.radial import GaussianBasis, PolynomialBasis
 from tlmc.descriptors.soap import SOAP, expanded_density
 from tlmc.errors import ConfigError, DataError
@@ -135,13 +141,31 @@ def test_harmonics_equal_sphericart(l_max):
     xyz /= np.linalg.norm(xyz, axis=1)[:, None]
     theirs, their_slopes = sphericart.SphericalHarmonics(l_max).compute_with_gradients(xyz)
     directions = torch.from_numpy(xyz).T
-    values, slopes = harmonics_and_gradients(directions, l_max)
-    np.testing.assert_allclose(torch.cat(values).T, theirs, atol=1e-13)
-    np.testing.assert_allclose(torch.cat(spherical_harmonics(directions, l_max)).T, theirs, atol=1e-13)
+    both = padded_harmonics_and_gradients(directions, l_max)
+    values, slopes = torch.cat(degrees(both[:, :, 0], 0, 1)), torch.cat(degrees(both[:, :, 1:], 0, 1))
+    np.testing.assert_allclose(values.T, theirs, atol=1e-13)
+    np.testing.assert_allclose(
+        torch.cat(degrees(joined_harmonics(*harmonic_factors(directions, l_max)), 0, 1)).T, theirs, atol=1e-13
+    )
     # sphericart differentiates on the sphere, we the polynomials: equal across the direction
-    slopes = torch.cat(slopes, dim=1)
-    across = slopes - directions[:, None] * (directions[:, None] * slopes).sum(0)
-    np.testing.assert_allclose(across.permute(2, 0, 1), their_slopes, atol=1e-12)
+    across = slopes - directions * (directions * slopes).sum(1, keepdim=True)
+    np.testing.assert_allclose(across.permute(2, 1, 0), their_slopes, atol=1e-12)
+
+
+def test_harmonics_of_a_high_degree():
+    """The Chebyshev series lose three digits at degree 20; powers of z would lose eight."""
+    xyz = np.random.default_rng(1).normal(size=(50, 3))
+    xyz /= np.linalg.norm(xyz, axis=1)[:, None]
+    theirs = sphericart.SphericalHarmonics(20).compute(xyz)
+    ours = torch.cat(degrees(joined_harmonics(*harmonic_factors(torch.from_numpy(xyz).T, 20)), 0, 1))
+    np.testing.assert_allclose(ours.T, theirs, atol=1e-11)
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2, 5, 16])
+def test_chebyshev_polynomials(degree):
+    x = torch.linspace(-1.0, 1.0, 30, dtype=torch.float64)
+    expected = np.polynomial.chebyshev.chebvander(x.numpy(), degree).T
+    np.testing.assert_allclose(chebyshev_polynomials(x, degree), expected, atol=1e-13)
 
 
 @pytest.mark.parametrize("kind", [GaussianBasis, PolynomialBasis])
@@ -246,6 +270,7 @@ def test_chunks_do_not_change_the_result(monkeypatch):
     descriptor = SOAP(["H", "C"], 3.0, 3, 2)
     value, slopes = descriptor(frame), descriptor.derivatives(frame)
     monkeypatch.setattr("tlmc.descriptors.soap.PAIRS_AT_ONCE", 200)
+    monkeypatch.setattr("tlmc.descriptors.soap.PLACES_AT_ONCE", 50)
     torch.testing.assert_close(descriptor(frame), value)
     torch.testing.assert_close(descriptor.derivatives(frame), slopes)
 

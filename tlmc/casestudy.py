@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from numpy.typing import NDArray
 
 from tlmc import plots
@@ -612,7 +612,7 @@ def write_results(
     DataFrame
         The table of errors (:func:`error_table`).
     """
-    tables, figures = reports_dir() / "tables", {}
+    tables, figures = reports_dir() / "tables", dict[str, Figure | SubFigure]()
     experiments = case.each()
     errors = error_table(experiments)
     results = {"errors": errors, "elements": element_table(experiments), "literature": against_literature(errors)}
@@ -640,9 +640,10 @@ def write_results(
     for name, table in results.items():
         write_text(tables / f"{prefix}_{name}.csv", table.to_csv())
     for name, figure in figures.items():
+        whole = figure.figure if isinstance(figure, SubFigure) else figure
         if name != "parity":
-            plots.save_figure(figure, f"{prefix}_{name}")
-        plt.close(figure)
+            plots.save_figure(whole, f"{prefix}_{name}")
+        plt.close(whole)
     write_json(reports_dir() / "metrics" / f"{prefix}.json", _provenance(case, experiments))
     return errors
 

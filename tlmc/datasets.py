@@ -168,6 +168,22 @@ def load_dataset(
     return dataset
 
 
+def local_file(source: str | Path) -> Path | None:
+    """Return the file of an embedded set, or the path itself, unopened; None for a public set, known by its SHA-256.
+
+    Raises
+    ------
+    DataError
+        If the source is neither a known name nor a file.
+    """
+    facts, path = available().get(str(source)), Path(source).expanduser()
+    if facts is not None:
+        return Path(facts["path"]) if "path" in facts else None
+    if not path.is_file():
+        raise DataError(_unknown(str(source), _embedded()))
+    return path
+
+
 def read_frames(path: str | Path) -> list[Atoms]:
     """Read all structures of a file with ASE, with or without labels, unchecked.
 

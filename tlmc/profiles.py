@@ -132,6 +132,20 @@ def load_profile(
     return Profile(name, tuple(steps), next(iter(models.values()), ""))
 
 
+def read_step(notebook: Path, changes_file: Path) -> Step:
+    """Read the parameters of one notebook from a YAML file of ``name: value`` lines.
+
+    Raises
+    ------
+    ConfigError
+        If the file does not exist or is no such file, or names a parameter that the notebook lacks or a value of
+        another type.
+    """
+    defaults = notebook_defaults(notebook)
+    checked = _checked(_read_changes(changes_file), defaults, notebook.stem, changes_file)
+    return Step(notebook, checked, defaults | checked)
+
+
 def read_notebook(notebook: Path) -> Any:
     """Read a notebook.
 
@@ -173,6 +187,8 @@ def _is_named(name: str, wanted: str) -> bool:
 def _read_changes(path: Path) -> dict[str, Parameter]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if content is None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import platform
 import subprocess
 from importlib.metadata import version
+from pathlib import Path
 
 from tlmc.paths import PACKAGE_DIR
 
@@ -57,3 +59,55 @@ def code_hash() -> str:
             digest.update(f"{path.relative_to(PACKAGE_DIR).as_posix()}\n".encode())
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def program_hash(module: str) -> str:
+    """Return the SHA-256 over what a module of this package and all that it imports do.
+
+    Comments, docstrings and layout do not count, nor do modules that it does not reach, so that work which took hours
+    is not thrown away for them. A file beside a module with its name and another suffix (``kernels.c``) belongs to it.
+
+    Parameters
+    ----------
+    module
+        Full name, ``"tlmc.runs"``.
+    """
+    digest = hashlib.sha256()
+    for name, (path, tree) in sorted(_reached(module).items()):
+        digest.update(f"{name}\n{ast.dump(_without_texts(tree))}\n".encode())
+        for other in sorted(path.parent.glob(f"{path.stem}.*")):
+            if other.suffix not in (".py", ".pyc"):
+                digest.update(other.read_bytes())
+    return digest.hexdigest()
+
+
+def _reached(module: str) -> dict[str, tuple[Path, ast.Module]]:
+    """Return the modules of this package that a module imports, directly or not, anywhere in their code."""
+    found: dict[str, tuple[Path, ast.Module]] = {}
+    todo = [module]
+    while todo:
+        name = todo.pop()
+        path = PACKAGE_DIR.parent.joinpath(*name.split("."))
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if name in found or not path.is_file():
+            continue
+        found[name] = path, ast.parse(path.read_text(encoding="utf-8"))
+        todo.append(name.rpartition(".")[0])
+        for node in ast.walk(found[name][1]):
+            if isinstance(node, ast.Import):
+                todo += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        todo = [other for other in todo if other.partition(".")[0] == PACKAGE_DIR.name]
+    return found
+
+
+def _without_texts(tree: ast.Module) -> ast.Module:
+    """Drop docstrings, and the strings after fields that document them."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [  # type: ignore[attr-defined]
+                line for line in body if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
+            ]
+    return tree

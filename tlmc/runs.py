@@ -156,19 +156,54 @@ def read_run(path: Path | str) -> Run:
     ConfigError
         If the file does not exist, is not YAML, or a field is unknown or wrong.
     """
+    return make_run(read_yaml(path), str(path))
+
+
+def read_yaml(path: Path | str) -> Any:
+    """Read a YAML file.
+
+    Raises
+    ------
+    ConfigError
+        If it does not exist or is not YAML.
+    """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def make_run(content: Any, where: str) -> Run:
+    """Check the fields of a run.
+
+    Parameters
+    ----------
+    content
+        Field to value.
+    where
+        Named in the sentence about what is wrong.
+
+    Raises
+    ------
+    ConfigError
+        If a field, the recipe or a setting is unknown or wrong.
+    """
     try:
         run = Run.model_validate(content)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc'])) or 'content'} = {problem['input']!r:.80}: {problem['msg']}"
-            for problem in error.errors()
-        )
-        raise ConfigError(f"{path}: {problems}") from error
-    _ = run.config  # an unknown setting is said now, not after the data are loaded
+        raise ConfigError(f"{where}: {problems_of(error)}") from error
+    try:
+        _ = run.config  # an unknown setting is said now, not after the data are loaded
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
     return run
+
+
+def problems_of(error: ValidationError) -> str:
+    """Say in a line what pydantic found."""
+    return "; ".join(
+        f"{'.'.join(map(str, problem['loc'])) or 'content'} = {problem['input']!r:.80}: {problem['msg']}"
+        for problem in error.errors()
+    )

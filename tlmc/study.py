@@ -33,7 +33,7 @@ START_TIMEOUT = 300
 EXECUTION_TIMEOUT = 7200
 """Seconds a cell may take."""
 
-_DATA = ("dataset", "others", "crystals", "crystal", "molecule", "molecule_set")
+_DATA = ("dataset", "others", "crystals", "borrow_dataset", "crystal", "molecule", "molecule_set")
 """Parameters that name data: a set, several parted by commas, or a folder."""
 
 # run by every kernel: nobody watches a progress bar, so training says a line per epoch
@@ -92,14 +92,14 @@ def run_study(
     given, own = dict(parameters or {}), Path()
     if data is not None:
         notebooks = notebooks or _chapter_four(profile)
-        given = _own_data(data, profile, notebooks, given) | given
+        given = {**_own_data(data, profile, notebooks, given), **given}
         own = Path("own", data.resolve().name)
     loaded = load_profile(profile, notebooks, _with_absolute_files(given))
     reports = (output or reports_dir() / own).resolve()
     executed = reports / "executed" / profile
     inputs, facts = _shared_inputs(loaded)
     order = list(profile_files(project_root() / "notebooks", profile))
-    with _kernel_environment(reports):
+    with kernel_environment(reports):
         for step in loaded.steps:
             earlier = order[: order.index(step.name)]
             digest = _digest(step, inputs, [metrics_file(reports, notebook) for notebook in earlier])
@@ -131,19 +131,21 @@ def _own_data(
     files = [str(path.resolve()) for path in crystal_files(folder)]
     crystals = load_crystals(files)
     loaded = load_profile(profile, notebooks)
-    first, mapping = leading(files), {}
+    first, mapping, lacking = leading(files), {}, []
     name = given.get("start_model", loaded.start_model)
     if name:
         start = load_start_model(cast(StartModelName, name))
         # elements without a donor, and sets too small to split, are said here
         CaseStudy(start, crystals)
         mapping = borrowed_elements(start, load_dataset(first))
+        lacking = [path for path, crystal in zip(files, crystals, strict=True) if borrowed_elements(start, crystal)]
     log.info("%s: %d crystals, notebooks about one use %s", folder, len(files), Path(first).name)
     values: dict[str, Parameter] = {
         "dataset": first,
         "others": ",".join(name for name in files if name != first),
         "crystals": str(folder.resolve()),
         "element_map": ", ".join(f"{new}={donor}" for new, donor in mapping.items()),
+        "borrow_dataset": lacking[0] if lacking else "",
     }
     known = {key for step in loaded.steps for key in step.parameters}
     return {key: value for key, value in values.items() if key in known}
@@ -199,7 +201,7 @@ def _digest(step: Step, shared: Mapping[str, str], earlier: Sequence[Path]) -> s
 
 
 @contextmanager
-def _kernel_environment(reports: Path) -> Iterator[None]:
+def kernel_environment(reports: Path) -> Iterator[None]:
     """Set what the kernels inherit: the reports folder, this very interpreter, and none of the user's own start-up.
 
     A user's kernelspec named ``python3``, or a ``JUPYTER_PATH`` that holds one, could name another interpreter; the
@@ -232,18 +234,54 @@ def _kernel_environment(reports: Path) -> Iterator[None]:
 
 def _run_step(step: Step, digest: str, reports: Path, executed: Path, datasets: Sequence[Mapping[str, Any]]) -> None:
     """Execute one notebook; leave a record only if it wrote its metrics."""
+    target, metrics = executed / step.notebook.name, metrics_file(reports, step.name)
+    record_file(executed, step.name).unlink(missing_ok=True)
+    log.info("%s: running", step.name)
+    seconds = execute_notebook(step, target, metrics)
+    write_json(
+        record_file(executed, step.name),
+        {
+            "inputs": digest,
+            "metrics": sha256_file(metrics),
+            "seconds": round(seconds, 1),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "datasets": list(datasets),
+        },
+    )
+    log.info("%s: complete in %.0f s", step.name, seconds)
+
+
+def execute_notebook(step: Step, target: Path, metrics: Path) -> float:
+    """Execute one notebook headless, within a :func:`kernel_environment`.
+
+    Parameters
+    ----------
+    step
+        The notebook and its parameters.
+    target
+        Where the executed notebook goes.
+    metrics
+        The file that the notebook must write, its last act.
+
+    Returns
+    -------
+    float
+        Seconds it took.
+
+    Raises
+    ------
+    StudyError
+        If a cell fails or takes too long, the kernel dies, or the notebook ends without writing its metrics.
+    """
     # papermill is slow to import and needed nowhere else
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
 
-    executed.mkdir(parents=True, exist_ok=True)
-    target, metrics = executed / step.notebook.name, metrics_file(reports, step.name)
-    record_file(executed, step.name).unlink(missing_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     before = _version(metrics)
     start = time.monotonic()
-    log.info("%s: running", step.name)
     try:
         papermill.execute_notebook(
             step.notebook,
@@ -268,20 +306,9 @@ def _run_step(step: Step, digest: str, reports: Path, executed: Path, datasets: 
         raise StudyError(f"{step.name}: the kernel died, as it does when memory runs out; see {target}") from error
     except CellTimeoutError as error:
         raise StudyError(f"{step.name}: a cell took longer than {EXECUTION_TIMEOUT} s; see {target}") from error
-    seconds = time.monotonic() - start
     if _version(metrics) in (None, before):
         raise StudyError(f"{step.name} ended without writing {metrics}, so its results are not complete; see {target}")
-    write_json(
-        record_file(executed, step.name),
-        {
-            "inputs": digest,
-            "metrics": sha256_file(metrics),
-            "seconds": round(seconds, 1),
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "datasets": list(datasets),
-        },
-    )
-    log.info("%s: complete in %.0f s", step.name, seconds)
+    return time.monotonic() - start
 
 
 def _version(path: Path) -> tuple[int, int] | None:

@@ -59,9 +59,11 @@ class SparseJacobian(NamedTuple):
 
     def dense(self, n_rows: int, n_atoms: int) -> Tensor:
         """Return the full array, shape ``(n_rows, n_features, n_atoms, 3)``."""
-        result = self.values.new_zeros(n_rows, n_atoms, self.values.shape[1], 3)
-        result[self.rows, self.atoms] = self.values
-        return result.transpose(1, 2)
+        entries, shape = self.values, self.values.shape[1:]
+        if len(entries) < n_rows * n_atoms:
+            entries = self.values.new_zeros(n_rows * n_atoms, *shape)
+            entries.index_copy_(0, self.rows * n_atoms + self.atoms, self.values)
+        return entries.view(n_rows, n_atoms, *shape).transpose(1, 2)
 
     def blocks(self) -> BlockJacobian:
         """Return the same numbers in blocks of 16 columns, the last block filled up with zeros (a training cache)."""
@@ -212,7 +214,7 @@ class LocalDescriptor(Descriptor):
                 raise DataError(f"structure {k} holds {unknown}; {type(self).__name__} has channels for {self.species}")
             pairs = neighbours(frame, self.reach, self.dtype)
             centre, neighbour, vectors = pairs.centre, pairs.neighbour, pairs.vectors
-            if len(wanted) != len(frame) or bool((wanted != torch.arange(len(frame))).any()):
+            if centers is not None:
                 centre, neighbour, vectors = _select(centre, neighbour, vectors, wanted, len(frame))
             parts.append(
                 (
@@ -227,7 +229,8 @@ class LocalDescriptor(Descriptor):
             )
             first_row += len(wanted)
             first_atom += len(frame)
-        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+        # most often there is one structure, whose columns need no copy
+        columns = parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in zip(*parts, strict=True))
         return Environments._make([*columns, tuple(map(len, frames))])
 
     def __call__(self, structures: Structures, centers: Centers = None) -> Tensor:
@@ -240,7 +243,7 @@ class LocalDescriptor(Descriptor):
         frames = as_list(structures)
         results = []
         for frame, wanted in zip(frames, center_lists(structures, centers), strict=True):
-            environments = self.environments(frame, wanted.tolist())
+            environments = self.environments(frame, None if centers is None else wanted.tolist())
             jacobian = self.jacobian(environments)
             result = jacobian.dense(1 if self.averaged else len(wanted), len(frame))
             results.append(result[0] if self.averaged else result)

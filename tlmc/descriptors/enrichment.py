@@ -200,7 +200,8 @@ def _compression(descriptor: LocalDescriptor, centred: Tensor, compression: Comp
     if compression == "pca":
         kept = min(n_columns, descriptor.n_features)
         # eigenvectors of the covariance, largest first
-        return torch.linalg.eigh(centred.T @ centred)[1].flip(1)[:, :kept]
+        components: Tensor = torch.linalg.eigh(centred.T @ centred)[1].flip(1)[:, :kept]
+        return components
     if compression == "species":
         if not isinstance(descriptor, SOAP):
             raise ConfigError("compression = 'species' is for SOAP, whose features belong to pairs of elements")

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from scipy import fft, linalg, special
 from torch import Tensor
 
+from tlmc.descriptors.polynomials import chebyshev_polynomials
 from tlmc.errors import ConfigError
 
 Array = NDArray[np.float64]
@@ -59,8 +60,16 @@ class RadialBasis(ABC):
         self.eta = 1.0 / (2.0 * sigma**2)
 
     @abstractmethod
+    def terms(self, distances: Tensor) -> Tensor:
+        """Return the few functions of distances ``(..., n)`` that the overlaps are made of, ``(..., n_terms, n)``."""
+
+    @abstractmethod
+    def of_terms(self, terms: Tensor) -> Tensor:
+        """Return the overlaps from what :meth:`terms` gives, ``(..., l_max + 1, n_max, n)``, before mixing."""
+
     def overlaps(self, distances: Tensor) -> Tensor:
-        """Return the overlaps of atoms at some distances, ``(l_max + 1, n_max, n)``, before mixing."""
+        """Return the overlaps of atoms at distances ``(..., n)``, ``(..., l_max + 1, n_max, n)``, before mixing."""
+        return self.of_terms(self.terms(distances))
 
     @abstractmethod
     def slopes(self, distances: Tensor) -> Tensor:
@@ -90,18 +99,24 @@ class GaussianBasis(RadialBasis):
         self.mixing = torch.from_numpy(self.weights * factor[:, None, :])
         self._decay = torch.from_numpy(self.alpha * self.eta / both)
         degrees = torch.from_numpy(degree).double().expand(-1, n_max)
-        self._exponent = torch.stack([degrees, -self._decay], dim=2)
+        self._exponent = torch.stack([degrees, -self._decay], dim=2).flatten(0, 1)
         self.own = torch.ones(n_max, dtype=torch.float64)
 
-    def overlaps(self, distances: Tensor) -> Tensor:
+    def terms(self, distances: Tensor) -> Tensor:
+        """Return ``log R`` and ``R^2``; see :class:`RadialBasis`."""
+        return torch.stack([distances.log(), distances * distances], dim=-2)
+
+    def of_terms(self, terms: Tensor) -> Tensor:
         """Return ``R^l exp(-c_nl R^2) = exp(l log R - c_nl R^2)``; see :class:`RadialBasis`."""
-        squared = distances * distances
-        return torch.exp(self._exponent.to(distances) @ torch.stack([0.5 * squared.log(), squared]))
+        return self._combined(terms).exp_()
 
     def slopes(self, distances: Tensor) -> Tensor:
         """Return ``(l / R - 2 c_nl R) R^l exp(-c_nl R^2)``; see :class:`RadialBasis`."""
-        factors = self._exponent.to(distances) @ torch.stack([1.0 / distances, 2.0 * distances])
-        return factors * self.overlaps(distances)
+        return self._combined(torch.stack([1.0 / distances, 2.0 * distances], dim=-2)) * self.overlaps(distances)
+
+    def _combined(self, terms: Tensor) -> Tensor:
+        """Return ``l first - c_nl second`` of two terms."""
+        return (self._exponent.to(terms) @ terms).view(*terms.shape[:-2], self.l_max + 1, self.n_max, -1)
 
     def functions(self, radii: Array) -> Array:
         """Return the orthonormal functions; see :class:`RadialBasis`."""
@@ -126,13 +141,17 @@ class PolynomialBasis(RadialBasis):
         slope = np.moveaxis(chebyshev.chebder(np.moveaxis(series, -1, 0)), 0, -1) * (2.0 / reach)
         self._slope_series = torch.from_numpy(slope)
 
-    def overlaps(self, distances: Tensor) -> Tensor:
-        """Return the overlaps from their Chebyshev series; see :class:`RadialBasis`."""
-        return self._evaluate(self._series, distances)
+    def terms(self, distances: Tensor) -> Tensor:
+        """Return the Chebyshev polynomials of the distance; see :class:`RadialBasis`."""
+        return chebyshev_polynomials(distances * (2.0 / self.reach) - 1.0, self._series.shape[-1] - 1)
+
+    def of_terms(self, terms: Tensor) -> Tensor:
+        """Return the overlaps from their series; see :class:`RadialBasis`."""
+        return self._combined(self._series, terms)
 
     def slopes(self, distances: Tensor) -> Tensor:
         """Return the derivatives from the derived series; see :class:`RadialBasis`."""
-        return self._evaluate(self._slope_series, distances)
+        return self._combined(self._slope_series, self.terms(distances)[..., : self._slope_series.shape[-1], :])
 
     def functions(self, radii: Array) -> Array:
         """Return the orthonormal functions, the same for all degrees; see :class:`RadialBasis`."""
@@ -164,12 +183,9 @@ class PolynomialBasis(RadialBasis):
         result: Array = (left @ right).T
         return result
 
-    def _evaluate(self, series: Tensor, distances: Tensor) -> Tensor:
-        x = distances * (2.0 / self.reach) - 1.0
-        terms = [torch.ones_like(x), x]
-        for _ in range(series.shape[-1] - 2):
-            terms.append(2.0 * x * terms[-1] - terms[-2])
-        return series.to(distances) @ torch.stack(terms[: series.shape[-1]])
+    @staticmethod
+    def _combined(series: Tensor, terms: Tensor) -> Tensor:
+        return (series.to(terms).flatten(0, 1) @ terms).view(*terms.shape[:-2], *series.shape[:2], -1)
 
     def _chebyshev_series(self) -> Array:
         """Return Chebyshev coefficients of the overlaps on 0 ... reach, ``(l_max + 1, n_max, n_terms)``."""

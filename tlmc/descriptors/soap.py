@@ -16,13 +16,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from tlmc.descriptors.base import Environments, LocalDescriptor, SparseJacobian, chunks
-from tlmc.descriptors.harmonics import harmonics_and_gradients, spherical_harmonics
+from tlmc.descriptors.harmonics import (
+    degrees,
+    harmonic_factors,
+    joined_harmonics,
+    padded_harmonics_and_gradients,
+)
 from tlmc.descriptors.radial import GaussianBasis, PolynomialBasis, RadialBasis
 from tlmc.errors import ConfigError
 
@@ -30,8 +36,10 @@ Basis = Literal["gto", "polynomial"]
 Average = Literal["off", "inner", "outer"]
 Cutoff = Literal["none", "cosine"]
 
-PAIRS_AT_ONCE = 6000
-"""Neighbours per chunk: large enough to amortise calls, small enough for the processor's cache."""
+PAIRS_AT_ONCE = 12_000
+"""Neighbours whose factors are kept together: large enough to amortise calls."""
+PLACES_AT_ONCE = 1000
+"""Neighbours per thread whose radial functions and harmonics are: few enough for the processor's cache."""
 
 
 class SOAP(LocalDescriptor):
@@ -140,8 +148,7 @@ class SOAP(LocalDescriptor):
         list of Tensor
             For each degree shape ``(n_centres, n_species * n_max, 2 l + 1)``.
         """
-        parts = [self._coefficients(environments, *bounds) for bounds in chunks(environments, PAIRS_AT_ONCE)]
-        return [torch.cat(degree) for degree in zip(*parts, strict=True)]
+        return degrees(self._all_coefficients(environments), 1, 3)
 
     def values(self, environments: Environments) -> Tensor:
         """Return the power spectra, differentiable (twice) in ``environments.vectors``; see :class:`LocalDescriptor`.
@@ -149,8 +156,7 @@ class SOAP(LocalDescriptor):
         Shape ``(n_centres, n_features)``, or ``(n_structures, n_features)`` if averaged.
         """
         if self.average == "inner":
-            averaged = [_mean(c, environments) for c in self.coefficients(environments)]
-            return self._spectrum(averaged)
+            return self._spectrum(_mean(self._all_coefficients(environments), environments))
         parts = [self._coefficients(environments, *bounds) for bounds in chunks(environments, PAIRS_AT_ONCE)]
         spectra = torch.cat([self._spectrum(part) for part in parts])
         return _mean(spectra, environments) if self.average == "outer" else spectra
@@ -169,133 +175,187 @@ class SOAP(LocalDescriptor):
             total.index_add_(0, atoms, values / counts[environments.structures[rows], None, None])
         return SparseJacobian(_structure_of_atoms(environments), torch.arange(n_atoms), total)
 
-    def _coefficients(self, environments: Environments, first: int, last: int, begin: int, end: int) -> list[Tensor]:
-        """Return the coefficients of the centres ``first ... last``, whose pairs are ``begin ... end``."""
+    def _all_coefficients(self, environments: Environments) -> Tensor:
+        """Return the coefficients of all centres in the form that :meth:`_coefficients` gives."""
+        parts = [self._coefficients(environments, *bounds) for bounds in chunks(environments, PAIRS_AT_ONCE)]
+        return torch.cat(parts)
+
+    def _coefficients(self, environments: Environments, first: int, last: int, begin: int, end: int) -> Tensor:
+        """Return the coefficients of the centres ``first ... last``, whose pairs are ``begin ... end``.
+
+        Shape ``(n_centres, l_max + 1, n_species * n_max, 2 l_max + 2)``, orders as in
+        :func:`tlmc.descriptors.harmonics.joined_harmonics`.
+        """
         n_species, n_centres = len(self.species), last - first
-        centre, species = environments.centre[begin:end] - first, environments.neighbour_species[begin:end]
-        # one row per element and centre, filled up to the element's longest, so that sums are batched matrix products
-        counts = torch.bincount(species * n_centres + centre, minlength=n_species * n_centres)
-        widths = counts.view(n_species, n_centres).amax(1).tolist()
-        start = torch.cumsum(counts, 0) - counts
-        fill = torch.repeat_interleave(torch.tensor(widths), n_centres)
-        row_begin = torch.cumsum(fill, 0) - fill
-        row, order = torch.sort(species * n_centres + centre, stable=True)
-        slot = row_begin[row] + torch.arange(len(row)) - start[row]
+        # a row of places per centre, for each element as many as its longest list, so that sums are matrix products
+        key = (environments.centre[begin:end] - first) * n_species + environments.neighbour_species[begin:end]
+        counts = torch.bincount(key, minlength=n_centres * n_species)
+        widths = counts.view(n_centres, n_species).amax(0).tolist()
+        cuts = [0, *accumulate(widths)]
+        shape = (n_centres, cuts[-1])
+        place = torch.arange(n_centres)[:, None] * cuts[-1] + torch.tensor(cuts[:-1])
+        key, order = torch.sort(key, stable=True)
+        slot = (place.flatten() + counts - torch.cumsum(counts, 0))[key] + torch.arange(end - begin)
         # the empty places hold a vector of length one with weight zero
-        vectors = environments.vectors.new_zeros(3, n_centres * sum(widths))
+        vectors = environments.vectors.new_zeros(3, n_centres * cuts[-1])
         vectors[2] = 1.0
         vectors = vectors.index_copy(1, slot, environments.vectors[begin:end][order].T)
         weights = torch.zeros_like(vectors[0]).index_fill_(0, slot, 1.0)
         distances = _lengths(vectors)
         if self.cutoff == "cosine":
             weights = weights * _cosine(distances, self.r_cut)
-        harmonics = spherical_harmonics(vectors / distances, self.l_max, weights)
-        overlaps = self.radial.overlaps(distances)
-        mixing = self.radial.mixing.to(overlaps)
-        result = []
-        for degree in range(self.l_max + 1):
-            sums, used = [], 0
-            for width in widths:
-                radial = overlaps[degree, :, used : used + n_centres * width].view(self.n_max, n_centres, width)
-                angular = harmonics[degree][:, used : used + n_centres * width].view(2 * degree + 1, n_centres, width)
-                sums.append(torch.bmm(radial.transpose(0, 1), angular.permute(1, 2, 0)))
-                used += n_centres * width
-            c = torch.matmul(mixing[degree], torch.stack(sums, dim=1))
-            if degree == 0:
-                c = c + self._own_density(environments.species[first:last], overlaps)
-            result.append(c.flatten(1, 2))
-        return result
+        heights, azimuths = harmonic_factors((vectors / distances).view(3, *shape), self.l_max)
+        heights = heights * weights.view(shape)[:, None]
+        terms = self.radial.terms(distances.view(shape))
+        # what follows is ten times larger: a few centres at a time, whose numbers stay in the processor's cache
+        parts = []
+        rows = max(1, PLACES_AT_ONCE * torch.get_num_threads() // max(shape[1], 1))
+        for row in range(0, n_centres, rows):
+            some = slice(row, row + rows)
+            harmonics = joined_harmonics(heights[some], azimuths[some]).flatten(0, 1)
+            overlaps = self.radial.of_terms(terms[some]).flatten(0, 1)
+            sums = [
+                torch.bmm(overlaps[..., start:stop], harmonics[..., start:stop].transpose(1, 2))
+                for start, stop in pairwise(cuts)
+            ]
+            parts.append(torch.stack(sums, dim=1))
+        c = torch.cat(parts).view(n_centres, self.l_max + 1, n_species, self.n_max, -1)
+        c = torch.matmul(self.radial.mixing.to(c)[:, None], c)
+        # the centre's own Gaussian adds to degree zero
+        own = self.radial.mixing[0] @ self.radial.own / math.sqrt(4.0 * math.pi)
+        one_hot = torch.nn.functional.one_hot(environments.species[first:last], n_species)
+        c[:, 0, :, :, 0] += one_hot[:, :, None] * own.to(c)
+        return c.flatten(2, 3)
 
-    def _own_density(self, species: Tensor, like: Tensor) -> Tensor:
-        """Return what the centre's own Gaussian adds to degree zero, ``(n_centres, n_species, n_max, 1)``."""
-        overlap = self.radial.mixing[0] @ self.radial.own / math.sqrt(4.0 * math.pi)
-        one_hot = torch.nn.functional.one_hot(species, len(self.species))
-        return one_hot[:, :, None, None] * overlap[:, None].to(like)
-
-    def _spectrum(self, coefficients: list[Tensor]) -> Tensor:
+    def _spectrum(self, coefficients: Tensor) -> Tensor:
         """Return the independent elements of ``c c^T`` of every degree, in the order of the features."""
-        products = [
-            _prefactor(degree) * torch.bmm(c, c.transpose(1, 2)).flatten(1) for degree, c in enumerate(coefficients)
-        ]
-        return torch.cat(products, dim=1)[:, self._layout.product]
+        c = coefficients.flatten(0, 1)
+        products = torch.bmm(c, c.transpose(1, 2)).view(len(coefficients), -1)
+        return products[:, self._layout.product] * self._layout.prefactor.to(c)
 
-    def _pair_slopes(self, environments: Environments, begin: int, end: int) -> list[Tensor]:
-        """Return ``dc/dv`` of single pairs, for each degree ``(n_max, 3, 2 l + 1, n_pairs)``."""
-        vectors = environments.vectors[begin:end].T
-        distances = _lengths(vectors)
-        directions = vectors / distances
+    def _radial_slopes(self, distances: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the derivatives of the radial functions and the functions over the distance.
+
+        Both ``(..., l_max + 1, n_max, n)`` for distances ``(..., n)``: what a move along and one across the bond does.
+        """
         overlaps, slopes = self.radial.overlaps(distances), self.radial.slopes(distances)
         if self.cutoff == "cosine":
             weight = _cosine(distances, self.r_cut)
             weight_slope = -0.5 * math.pi / self.r_cut * torch.sin(math.pi / self.r_cut * distances)
+            weight, weight_slope = weight[..., None, None, :], weight_slope[..., None, None, :]
             overlaps, slopes = overlaps * weight, slopes * weight + overlaps * weight_slope
-        mixing = self.radial.mixing.to(vectors)
-        across, along = mixing @ (overlaps / distances), mixing @ slopes
-        harmonics, gradients = harmonics_and_gradients(directions, self.l_max)
-        result = []
-        for degree in range(self.l_max + 1):
-            gradient = gradients[degree]
-            gradient = gradient - directions[:, None] * (directions[:, None] * gradient).sum(0)
-            outward = directions[:, None] * harmonics[degree]
-            slope = along[degree][:, None, None] * outward
-            result.append(torch.addcmul(slope, across[degree][:, None, None], gradient))
-        return result
+        mixing = self.radial.mixing.to(distances)
+        return mixing @ slopes, mixing @ (overlaps / distances[..., None, None, :])
+
+    def _pair_factors(
+        self, environments: Environments, bounds: tuple[int, int, int, int], coefficients: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the two factors of what moving a neighbour changes in ``c dc``, and where each pair stands in them.
+
+        A move of the neighbour along the bond changes the radial factor of its harmonics, one across it the angular
+        factor: ``c dc`` is a sum of two products of a function of the distance, ``(n_places, l_max + 1, n_max, 2)``,
+        and the coefficients times a function of the direction, ``(n_places, l_max + 1, 2, n_species * n_max * 3)``.
+        """
+        first, last, begin, end = bounds
+        centre, n_centres = environments.centre[begin:end] - first, last - first
+        counts = torch.bincount(centre, minlength=n_centres)
+        width = max(int(counts.max()), 1)
+        slot = centre * width + torch.arange(end - begin) - (torch.cumsum(counts, 0) - counts)[centre]
+        vectors = environments.vectors.new_zeros(3, n_centres * width)
+        vectors[2] = 1.0
+        vectors = vectors.index_copy_(1, slot, environments.vectors[begin:end].T).view(3, n_centres, width)
+        distances = _lengths(vectors)
+        directions = vectors / distances
+        functions = torch.stack(self._radial_slopes(distances), dim=4)
+        functions = functions * self._layout.of_degree[:, None, None, None].to(vectors)
+        harmonics = padded_harmonics_and_gradients(directions, self.l_max)
+        sums = torch.bmm(coefficients.flatten(0, 1), harmonics.flatten(3, 4).flatten(0, 1))
+        sums = sums.view(n_centres, self.l_max + 1, -1, 4, width)
+        outward, around = directions.movedim(0, 1)[:, None, None], sums[:, :, :, 1:]
+        around = around - outward * (outward * around).sum(3, keepdim=True)
+        sides = torch.stack([outward * sums[:, :, :, :1], around], dim=2).flatten(3, 4)
+        return functions.permute(0, 3, 1, 2, 4).flatten(0, 1), sides.permute(0, 4, 1, 2, 3).flatten(0, 1), slot
 
     def _jacobian_chunks(self, environments: Environments) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield rows, atoms and derivatives of the spectra, chunk by chunk."""
-        n_atoms, n_features = sum(environments.sizes), self.n_features
-        for first, last, begin, end in chunks(environments, PAIRS_AT_ONCE // 4):
-            centre, neighbour = environments.centre[begin:end], environments.neighbour[begin:end]
-            rows = torch.arange(first, last)
-            keys = torch.cat([centre * n_atoms + neighbour, rows * n_atoms + environments.atoms[first:last]])
+        n_atoms = sum(environments.sizes)
+        for bounds in chunks(environments, PLACES_AT_ONCE // 2):
+            first, last, begin, end = bounds
+            centre, neighbour = environments.centre[begin:end] - first, environments.neighbour[begin:end]
+            rows, own_atoms = torch.arange(last - first), environments.atoms[first:last]
+            keys = torch.cat([centre * n_atoms + neighbour, rows * n_atoms + own_atoms])
             keys, place = torch.unique(keys, return_inverse=True)
             place, own = place[: end - begin], place[end - begin :]
-            values = environments.vectors.new_zeros(len(keys), n_features, 3)
-            coefficients = self._coefficients(environments, first, last, begin, end)
-            # images of one atom add up before the spectrum, which is linear in their slopes
-            entry_row = keys // n_atoms - first
+            functions, sides, slot = self._pair_factors(environments, bounds, self._coefficients(environments, *bounds))
+            # a centre and its own images move together; other atoms' images add up before the product
+            pairs = torch.nonzero(neighbour != own_atoms[centre]).squeeze(1)
+            counts = torch.bincount(place[pairs], minlength=len(keys))
+            key, order = torch.sort(place[pairs], stable=True)
+            image = torch.arange(len(pairs)) - (torch.cumsum(counts, 0) - counts)[key]
+            images = torch.full((len(keys), max(int(counts.max()), 1)), -1)
+            images[key, image] = slot[pairs[order]]
             species = torch.full((len(keys),), -1)
-            species[place] = environments.neighbour_species[begin:end]
-            products = []
-            for degree, slope in enumerate(self._pair_slopes(environments, begin, end)):
-                moved = slope.new_zeros(*slope.shape[:3], len(keys)).index_add_(3, place, slope)
-                moved = moved.permute(3, 2, 0, 1).reshape(len(keys), 2 * degree + 1, -1)
-                product = _prefactor(degree) * torch.bmm(coefficients[degree][entry_row], moved)
-                products.append(product.view(len(keys), -1, 3))
-            table = torch.cat([*products, products[0].new_zeros(len(keys), 1, 3)], dim=1)
+            species[key] = environments.neighbour_species[begin:end][pairs[order]]
+            values = environments.vectors.new_zeros(len(keys), self.n_features, 3)
             for channel in range(len(self.species)):
                 mine = torch.nonzero(species == channel).squeeze(1)
-                left, right = self._layout.slopes[channel]
-                part = table[mine]
-                values[mine] = part[:, left] + part[:, right]
-            total = values.new_zeros(last - first, n_features, 3).index_add_(0, entry_row, values)
-            values[own] -= total
-            yield keys // n_atoms, keys % n_atoms, values
+                which = images[mine]
+                left = functions[which] * (which >= 0)[:, :, None, None, None]
+                left, right = left.permute(0, 2, 3, 1, 4).flatten(3), sides[which].transpose(1, 2).flatten(2, 3)
+                moved = (left @ right).unflatten(3, (-1, 3))
+                values.index_copy_(0, mine, self._feature_slopes(moved, channel))
+            total = values.new_zeros(last - first, self.n_features, 3).index_add_(0, keys // n_atoms, values)
+            values.index_copy_(0, own, -total)
+            yield keys // n_atoms + first, keys % n_atoms, values
+
+    def _feature_slopes(self, moved: Tensor, channel: int) -> Tensor:
+        """Return ``c dc + dc c`` in the order of the features, where ``dc`` has functions of one element only.
+
+        ``moved`` has the shape ``(n, l_max + 1, n_max, n_species * n_max, 3)``: ``dc``, then ``c``.
+        """
+        n_species, n = len(self.species), self.n_max
+        upper = torch.triu_indices(n, n)
+        upper = upper[0] * n + upper[1]
+        result, stop = moved.new_zeros(len(moved), self.n_features, 3), 0
+        for s1 in range(n_species):
+            for s2 in range(s1, n_species):
+                shape = (self.l_max + 1, n, n) if s1 != s2 else (self.l_max + 1, len(upper))
+                start, stop = stop, stop + math.prod(shape)
+                if channel not in (s1, s2):
+                    continue
+                other = s2 if channel == s1 else s1
+                block = moved[:, :, :, other * n : (other + 1) * n]
+                if s1 == s2:
+                    block = (block + block.transpose(2, 3)).flatten(2, 3).index_select(2, upper)
+                elif channel == s2:
+                    block = block.transpose(2, 3)
+                result[:, start:stop].unflatten(1, shape).copy_(block)
+        return result
 
     def _inner_jacobian(self, environments: Environments) -> SparseJacobian:
-        n_atoms, n_species = sum(environments.sizes), len(self.species)
+        n_atoms, n_species, l_max = sum(environments.sizes), len(self.species), self.l_max
         structure = _structure_of_atoms(environments)
         counts = torch.bincount(environments.structures, minlength=len(environments.sizes))
-        averaged = [_mean(c, environments) for c in self.coefficients(environments)]
-        moved = [
-            environments.vectors.new_zeros(self.n_max, 3, 2 * degree + 1, n_atoms * n_species)
-            for degree in range(self.l_max + 1)
-        ]
-        for _, _, begin, end in chunks(environments, PAIRS_AT_ONCE // 4):
-            species = environments.neighbour_species[begin:end]
-            to = environments.neighbour[begin:end] * n_species + species
-            out_of = environments.atoms[environments.centre[begin:end]] * n_species + species
-            for total, slope in zip(moved, self._pair_slopes(environments, begin, end), strict=True):
-                total.index_add_(3, to, slope)
-                total.index_add_(3, out_of, -slope)
-        products = []
-        for degree, slope in enumerate(moved):
-            slope = slope.view(self.n_max, 3, 2 * degree + 1, n_atoms, n_species).permute(3, 2, 4, 0, 1)
-            slope = slope.reshape(n_atoms, 2 * degree + 1, -1) / counts[structure, None, None]
-            product = _prefactor(degree) * torch.bmm(averaged[degree][structure], slope)
-            products.append(product.view(n_atoms, n_species * self.n_max, -1, 3))
-        table = torch.stack([p + p.transpose(1, 2) for p in products], dim=1).flatten(1, 3)
-        return SparseJacobian(structure, torch.arange(n_atoms), table[:, self._layout.product])
+        averaged = _mean(self._all_coefficients(environments), environments)
+        total = environments.vectors.new_zeros(n_atoms * n_species, l_max + 1, self.n_max, 2 * l_max + 2, 3)
+        for _, _, begin, end in chunks(environments, PLACES_AT_ONCE):
+            vectors, species = environments.vectors[begin:end].T, environments.neighbour_species[begin:end]
+            distances = _lengths(vectors)
+            directions = vectors / distances
+            along, across = self._radial_slopes(distances)
+            harmonics = padded_harmonics_and_gradients(directions, l_max)
+            around = harmonics[:, :, 1:] - directions * (directions * harmonics[:, :, 1:]).sum(2, keepdim=True)
+            slope = along[:, :, None, None] * (directions * harmonics[:, :, :1])[:, None]
+            slope = (slope + across[:, :, None, None] * around[:, None]).movedim(-1, 0)
+            centre = environments.atoms[environments.centre[begin:end]]
+            total.index_add_(0, environments.neighbour[begin:end] * n_species + species, slope)
+            total.index_add_(0, centre * n_species + species, -slope)
+        # in the order atom, degree, order, element, function, axis
+        moved = total.unflatten(0, (n_atoms, n_species)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+        product = averaged[structure] @ moved / counts[structure, None, None, None]
+        product = product.unflatten(3, (-1, 3))
+        table = (product + product.transpose(2, 3)).flatten(1, 3)[:, self._layout.product]
+        return SparseJacobian(structure, torch.arange(n_atoms), table * self._layout.prefactor[:, None].to(table))
 
 
 def expanded_density(descriptor: SOAP, coefficients: list[Tensor], points: Tensor) -> Tensor:
@@ -317,14 +377,14 @@ def expanded_density(descriptor: SOAP, coefficients: list[Tensor], points: Tenso
         Shape ``(n_points,)``; one atom alone has the density one at its place.
     """
     distances = torch.linalg.vector_norm(points, dim=1)
-    harmonics = spherical_harmonics((points / distances[:, None]).T, descriptor.l_max)
+    harmonics = degrees(joined_harmonics(*harmonic_factors((points / distances[:, None]).T, descriptor.l_max)), 0, 1)
     radial = torch.from_numpy(descriptor.radial.functions(distances.numpy()))
     terms = [torch.einsum("nm,np,mp->p", c, g, y) for c, g, y in zip(coefficients, radial, harmonics, strict=True)]
     return torch.stack(terms).sum(0)
 
 
 class _Layout(NamedTuple):
-    """Where the features stand."""
+    """Where the features stand, and the factors of their degrees."""
 
     first: Tensor
     """``s1 * n_max + n1`` of every feature."""
@@ -332,8 +392,10 @@ class _Layout(NamedTuple):
     degree: Tensor
     product: Tensor
     """Place of every feature among the products ``(l, q1, q2)``."""
-    slopes: list[tuple[Tensor, Tensor]]
-    """For every element the places of ``c_q2 dc_n1`` and ``c_q1 dc_n2`` among ``(l, q, n)``; the end if absent."""
+    prefactor: Tensor
+    """``pi sqrt(8 / (2 l + 1))`` of every feature."""
+    of_degree: Tensor
+    """The same of every degree."""
 
 
 def _layout(n_species: int, n_max: int, l_max: int) -> _Layout:
@@ -347,17 +409,8 @@ def _layout(n_species: int, n_max: int, l_max: int) -> _Layout:
     ]
     first, second, degree = torch.tensor(features).T
     size = n_species * n_max
-    slopes = []
-    for s in range(n_species):
-        end = (l_max + 1) * size * n_max
-        left = torch.where(first // n_max == s, (degree * size + second) * n_max + first % n_max, end)
-        right = torch.where(second // n_max == s, (degree * size + first) * n_max + second % n_max, end)
-        slopes.append((left, right))
-    return _Layout(first, second, degree, (degree * size + first) * size + second, slopes)
-
-
-def _prefactor(degree: int) -> float:
-    return math.pi * math.sqrt(8.0 / (2.0 * degree + 1.0))
+    of_degree = math.pi * torch.sqrt(8.0 / (2.0 * torch.arange(l_max + 1, dtype=torch.float64) + 1.0))
+    return _Layout(first, second, degree, (degree * size + first) * size + second, of_degree[degree], of_degree)
 
 
 def _lengths(vectors: Tensor) -> Tensor:

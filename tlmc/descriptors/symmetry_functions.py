@@ -25,7 +25,9 @@ from tlmc.descriptors.base import Environments, LocalDescriptor, SparseJacobian,
 from tlmc.errors import ConfigError
 
 PAIRS_AT_ONCE = 500
-"""Neighbours per chunk: their triples should stay in the processor's cache."""
+"""Neighbours per chunk of the derivatives: their triples should stay in the processor's cache."""
+PLACES_AT_ONCE = 30_000
+"""Pairs of neighbours per thread whose angular terms are kept together, for the same reason."""
 
 
 class _Triples(NamedTuple):
@@ -161,18 +163,65 @@ class SymmetryFunctions(LocalDescriptor):
         return value, -2.0 * eta * offset * value
 
     def _angular(self, environments: Environments, distances: Tensor, cutoff: Tensor) -> Tensor:
-        """Return the sums of G4 and G5, ``(n_centres * n_species_pairs, n_angular)``."""
-        n_kinds = len(self.species) * (len(self.species) + 1) // 2
-        results = []
-        for first, last, begin, end in chunks(environments, PAIRS_AT_ONCE):
-            t = self._triples(environments, begin, end, distances[begin:end])
-            d, f = distances[begin:end], cutoff[begin:end]
-            terms = self._angular_terms(t, d, f)
-            species = environments.neighbour_species[begin:end]
-            kind = _pair_index(species[t.first], species[t.second])
-            place = (environments.centre[begin:end][t.first] - first) * n_kinds + kind
-            results.append(terms.new_zeros((last - first) * n_kinds, terms.shape[1]).index_add(0, place, terms))
-        return torch.cat(results)
+        """Return the sums of G4 and G5, ``(n_centres, n_species_pairs * n_angular)``.
+
+        Neighbours of a centre against each other, as square matrices: twice the number of pairs, but no lists of them,
+        and sums over elements are matrix products.
+        """
+        n_species, n_centres = len(self.species), len(environments.species)
+        counts = torch.bincount(environments.centre, minlength=n_centres)
+        width = max(int(counts.max()), 1)
+        slot = (torch.arange(n_centres) * width + counts - torch.cumsum(counts, 0))[environments.centre]
+        slot = slot + torch.arange(len(slot))
+        # the empty places have the weight zero and a distance that does no harm
+        d = torch.ones(n_centres * width, dtype=distances.dtype).index_copy(0, slot, distances)
+        directions = environments.vectors.new_zeros(len(d), 3)
+        directions = directions.index_copy(0, slot, environments.vectors / distances[:, None])
+        weights = torch.zeros(len(d), n_species, dtype=d.dtype)
+        place = slot * n_species + environments.neighbour_species
+        weights = weights.flatten().index_copy(0, place, cutoff).view(n_centres, width, n_species)
+        d, directions = d.view(n_centres, width), directions.view(n_centres, width, 3)
+        rows = max(1, PLACES_AT_ONCE * torch.get_num_threads() // width**2)
+        parts = zip(directions.split(rows), d.split(rows), weights.split(rows), strict=True)
+        sums = torch.cat([self._angular_sums(*part) for part in parts])
+        # off the diagonal a pair stands once, on it in both orders
+        sums = sums - 0.5 * torch.diag_embed(sums.diagonal(dim1=2, dim2=3), dim1=2, dim2=3)
+        low, high = torch.tensor([(low, high) for high in range(n_species) for low in range(high + 1)]).T
+        return sums[:, :, low, high].transpose(1, 2).flatten(1)
+
+    def _angular_sums(self, directions: Tensor, d: Tensor, weights: Tensor) -> Tensor:
+        """Return the sums of G4 and G5 over two neighbours by their elements.
+
+        Parameters
+        ----------
+        directions, d
+            Unit vectors ``(n_centres, n, 3)`` and distances ``(n_centres, n)`` of the neighbours.
+        weights
+            Their cutoffs by element, ``(n_centres, n, n_species)``.
+
+        Returns
+        -------
+        Tensor
+            Shape ``(n_centres, n_angular, n_species, n_species)``.
+        """
+        cosine = directions @ directions.transpose(1, 2)
+        squared, itself = d * d, torch.eye(d.shape[1], dtype=d.dtype)
+        wide = squared[:, :, None] + squared[:, None]
+        cases = [(self.angular_wide, wide, 2.0 - 2.0 * itself)] if self.angular_wide else []
+        if self.angular:
+            apart_squared = torch.addcmul(wide, cosine, d[:, :, None] * d[:, None], value=-2.0)
+            # a neighbour is put at the cutoff from itself, where nothing counts; a square root has no slope at zero
+            apart = (apart_squared.clamp(min=1e-12) + self.r_cut**2 * itself).sqrt().clamp(max=self.r_cut)
+            near = 1.0 + torch.cos(math.pi / self.r_cut * apart)
+            cases.insert(0, (self.angular, wide + apart_squared, near))
+        kinds = {(zeta, sign) for _, zeta, sign in (*self.angular, *self.angular_wide)}
+        squares = {s: [torch.add(cosine.new_tensor(0.5), cosine, alpha=0.5 * s)] for s in {s for _, s in kinds}}
+        powers = {(zeta, sign): _power(squares[sign], zeta) for zeta, sign in kinds}
+        sums, across = [], weights.transpose(1, 2)
+        for functions, square, weight in cases:
+            gaussians = {eta: weight * torch.exp(-eta * square) for eta in {eta for eta, _, _ in functions}}
+            sums += [across @ (gaussians[eta] * powers[zeta, sign]) @ weights for eta, zeta, sign in functions]
+        return torch.stack(sums, dim=1)
 
     def _triples(self, environments: Environments, begin: int, end: int, distances: Tensor) -> _Triples:
         """List the pairs of neighbours of every centre of a chunk; without G5, only those nearer than the cutoff."""
@@ -191,21 +240,6 @@ class SymmetryFunctions(LocalDescriptor):
         product = x * y
         cosine = (product[0] + product[1] + product[2]) / (distances[first] * distances[second])
         return _Triples(first, second, (gap[0] + gap[1] + gap[2]).sqrt(), cosine)
-
-    def _angular_terms(self, t: _Triples, d: Tensor, f: Tensor) -> Tensor:
-        """Return the terms of G4 and G5 of every triple, ``(n_triples, n_angular)``."""
-        both = f[t.first] * f[t.second]
-        squared = d.square()
-        wide = squared[t.first] + squared[t.second]
-        columns = []
-        for functions, square, weight in (
-            (self.angular, wide + t.apart.square(), both * _cosine_cutoff(t.apart, self.r_cut)[0]),
-            (self.angular_wide, wide, both),
-        ):
-            gaussians = {eta: weight * torch.exp(-eta * square) for eta, _, _ in functions}
-            powers = {(zeta, sign): 2.0 * _half(t.cosine, sign) ** zeta for _, zeta, sign in functions}
-            columns += [gaussians[eta] * powers[zeta, sign] for eta, zeta, sign in functions]
-        return torch.stack(columns, dim=1)
 
     def _angular_slopes(
         self, environments: Environments, begin: int, end: int, d: Tensor, f: Tensor, f_slope: Tensor
@@ -251,6 +285,23 @@ class SymmetryFunctions(LocalDescriptor):
 def _half(cosine: Tensor, sign: float) -> Tensor:
     """Return ``(1 + lambda cos) / 2``, not below zero by rounding."""
     return (0.5 + 0.5 * sign * cosine).clamp(min=0.0)
+
+
+def _power(squares: list[Tensor], zeta: float) -> Tensor:
+    """Return a power of numbers from zero to one; of a small whole exponent by squaring, far faster than logarithms.
+
+    ``squares`` holds the numbers and, as far as they were needed, their squares, the squares of these, and so on.
+    """
+    if zeta != int(zeta) or zeta > 64.0:
+        # rounding may have left the range, where the power is not defined
+        return squares[0].clamp(min=0.0) ** zeta
+    bits = [k for k in range(int(zeta).bit_length()) if int(zeta) >> k & 1]
+    while len(squares) <= bits[-1]:
+        squares.append(squares[-1] * squares[-1])
+    result = squares[bits[0]]
+    for k in bits[1:]:
+        result = result * squares[k]
+    return result
 
 
 def _cosine_cutoff(distances: Tensor, r_cut: float) -> tuple[Tensor, Tensor]:

@@ -76,7 +76,7 @@ def packing_energies(
     rows = {}
     for packing, chosen in members.items():
         frames = table.iloc[chosen]
-        values = frames.mean() if represent == "mean" else frames.loc[frames[LABELS].idxmin()]
+        values = frames.mean() if represent == "mean" else frames.iloc[int(frames[LABELS].to_numpy().argmin())]
         rows[packing] = {"n_frames": len(chosen), **values}
     result = pd.DataFrame(rows).T.rename_axis("packing").sort_values(LABELS)
     result["n_frames"] = result["n_frames"].astype(int)

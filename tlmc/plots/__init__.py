@@ -49,7 +49,7 @@ from tlmc.plots.networks import (
     representation_map,
     spread_by_kind,
 )
-from tlmc.plots.overview import sets_overview
+from tlmc.plots.overview import sets_coverage, sets_overview
 from tlmc.plots.sampling import (
     active_learning,
     committee_scan,
@@ -89,8 +89,8 @@ __all__ = [
     "error_against_force",
     "error_against_size",
     "error_against_time",
-    "error_against_value",
     "error_against_time_panels",
+    "error_against_value",
     "error_by_element",
     "error_over_size",
     "fit_histories",
@@ -114,9 +114,10 @@ __all__ = [
     "representation_map",
     "residual_histogram",
     "save_figure",
+    "sets_coverage",
     "sets_overview",
-    "setting_ratios",
     "shared_models",
+    "setting_ratios",
     "speed_ratios",
     "split_coverage",
     "spread_and_error",

@@ -11,7 +11,16 @@ from matplotlib.colors import Normalize, SymLogNorm
 from numpy.typing import ArrayLike
 
 from tlmc.errors import DataError
-from tlmc.plots.style import PALETTE, REFERENCE_LINE, axes_or_new, colorbar_beside, colours, finish, styled
+from tlmc.plots.style import (
+    PALETTE,
+    REFERENCE_LINE,
+    axes_or_new,
+    colorbar_beside,
+    colours,
+    finish,
+    legend_above,
+    styled,
+)
 
 
 @styled
@@ -110,7 +119,7 @@ def density_map(
     ax: Axes | None = None,
     *,
     atoms: ArrayLike,
-    label: str = "density (arbitrary unit)",
+    label: str | None = "density (arbitrary unit)",
     highest: float | None = None,
 ) -> Axes:
     """Draw a density in a plane through the centre.
@@ -126,7 +135,7 @@ def density_map(
     atoms
         Places of the neighbours in the plane, ``(n_atoms, 2)``, Angstrom.
     label
-        What the colours mean.
+        What the colours mean; None leaves the scale away, where the next map shows it.
     highest
         End of the colours, to compare several maps; the largest value if not given.
     """
@@ -138,7 +147,8 @@ def density_map(
     ax.plot(0.0, 0.0, "+", color="black", markersize=6)
     ax.plot(places[:, 0], places[:, 1], "o", color="black", markersize=3, markerfacecolor="none")
     ax.set(xlabel="x (Å)", ylabel="y (Å)")
-    colorbar_beside([ax], image, label)
+    if label is not None:
+        colorbar_beside([ax], image, label)
     return finish(ax)
 
 
@@ -202,6 +212,9 @@ def speed_ratios(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.axhline(1.0, **REFERENCE_LINE)
     ax.set_xscale("log")
     ax.set_yscale("log")
+    sizes = sorted(set(table["atoms"]))
+    ax.set_xticks(sizes, [str(n) for n in sizes])
+    ax.set_xticks([], minor=True)
     ax.set(xlabel="number of atoms", ylabel="times faster than DScribe")
-    ax.legend(fontsize=6)
+    legend_above(ax, 2, columnspacing=1)
     return finish(ax)

@@ -8,6 +8,7 @@ from typing import Final, Literal
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import SymLogNorm
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import erf
 
@@ -178,7 +179,7 @@ def error_against_size(
 def effort(
     table: pd.DataFrame, ax: Axes | None = None, *, columns: tuple[str, str, str] = ("estimator", "n", "seconds")
 ) -> Axes:
-    """Draw seconds against size on log axes, with a cubic law as a guide.
+    """Draw seconds against size on log axes, with a cubic law through the first estimator's largest as a guide.
 
     Parameters
     ----------
@@ -201,9 +202,9 @@ def effort(
     for colour, marker, name in zip(colours(len(names)), _markers(len(names)), names, strict=True):
         rows = table[table[kind] == name].sort_values(size)
         ax.plot(rows[size], rows[time], color=colour, marker=marker, markersize=4, label=name)
-    slowest = table.sort_values(time).iloc[-1]
+    largest = table[table[kind] == names[0]].sort_values(size).iloc[-1]
     guide = np.array([table[size].min(), table[size].max()], dtype=np.float64)
-    cubic = float(slowest[time]) * (guide / float(slowest[size])) ** 3
+    cubic = float(largest[time]) * (guide / float(largest[size])) ** 3
     ax.plot(guide, cubic, **REFERENCE_LINE, label="$\\propto M^3$")
     ax.set_xscale("log")
     ax.set_yscale("log")
@@ -248,7 +249,7 @@ def calibration(errors: ArrayLike, stds: ArrayLike, ax: Axes | None = None) -> A
 
 @styled
 def covariance_matrix(matrix: ArrayLike, ax: Axes | None = None, *, blocks: Sequence[int] = ()) -> Axes:
-    """Draw a covariance matrix, with lines between blocks.
+    """Draw a covariance matrix in logarithmic colours, with lines between blocks.
 
     Parameters
     ----------
@@ -269,7 +270,8 @@ def covariance_matrix(matrix: ArrayLike, ax: Axes | None = None, *, blocks: Sequ
         raise DataError(f"a covariance matrix is square, got shape {values.shape}")
     ax = axes_or_new(ax, aspect=0.9)
     bound = float(np.abs(values).max())
-    drawn = ax.imshow(values / (bound or 1.0), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+    norm = SymLogNorm(1e-2, vmin=-1.0, vmax=1.0)
+    drawn = ax.imshow(values / (bound or 1.0), cmap="RdBu_r", norm=norm, interpolation="nearest")
     for edge in blocks:
         ax.axhline(edge - 0.5, color="0.3", linewidth=0.4)
         ax.axvline(edge - 0.5, color="0.3", linewidth=0.4)

@@ -30,7 +30,7 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapp
     """Write tensors and JSON metadata to one safetensors file, atomically."""
     with atomic_path(path) as temporary:
         save_file(
-            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             temporary,
             metadata={"tlmc": json.dumps(metadata, allow_nan=False)},
         )
@@ -113,7 +113,7 @@ def load_model(path: Path | str) -> tuple[Potential, dict[str, Any]]:
         content = description["model"]
         enrichment = None
         if content.get("enrichment") is not None:
-            extra = {name: tensors.pop(f"enrichment.{name}") for name in _ENRICHMENT}
+            extra: dict[str, Any] = {name: tensors.pop(f"enrichment.{name}") for name in _ENRICHMENT}
             enrichment = Enrichment(**content["enrichment"], **extra)
             _ = enrichment.descriptor  # an unknown one is said now
         depth = 1 + max(int(name.split(".")[1]) for name in tensors)

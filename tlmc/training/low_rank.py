@@ -61,9 +61,9 @@ class LowRank:
         """Loss gradient as flat as the factors, see :meth:`pull_back`."""
         self._parts = []
         first = 0
-        for where, shape, change in shapes:
+        for where, shape, pieces in shapes:
             views, slopes = [], []
-            for one in change:
+            for one in pieces:
                 last = first + one.numel()
                 views.append(self.flat[first:last].view(one))
                 slopes.append(self.gradient[first:last].view(one))

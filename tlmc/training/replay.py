@@ -9,6 +9,7 @@ reference offsets, which belong to the labels alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final, Literal
 
 import numpy as np
@@ -16,10 +17,10 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 from ase.collections import g2
-from torch import Tensor
 
 from tlmc.errors import ConfigError
 from tlmc.training.cache import Structure
+from tlmc.training.distributed import Group
 from tlmc.training.engine import Engine, merge
 from tlmc.training.loss import LossAndSlopes
 
@@ -96,7 +97,7 @@ class Replay:
     batch_size
         Molecules per step, at most all.
     loss
-        As :meth:`Engine.loss_gradient` takes it.
+        :func:`tlmc.training.loss.batch_loss` with its settings.
     seed
         Of the choice of molecules.
     """
@@ -107,20 +108,24 @@ class Replay:
         structures: Sequence[Structure],
         weight: float,
         batch_size: int,
-        loss: Callable[[Tensor, Tensor, Tensor, Tensor], LossAndSlopes],
+        loss: Callable[..., LossAndSlopes],
         seed: int,
     ) -> None:
         self._engine, self._structures, self._weight, self._loss, self._seed = engine, structures, weight, loss, seed
         self._batch_size = min(batch_size, len(structures))
         self._labels = [engine.energies_forces(merge([structure])) for structure in structures]
 
-    def add_gradient(self, step: int) -> None:
-        """Add the gradient of the replayed batch of a step to the one that the engine holds."""
+    def add_gradient(self, step: int, group: Group | None = None) -> None:
+        """Add the gradient of the replayed batch of a step, or of this process' share, to the one the engine holds."""
         rng = np.random.default_rng([self._seed, step])
         picked = rng.choice(len(self._structures), self._batch_size, replace=False)
+        if group is not None:
+            picked = group.share(picked)
+        if len(picked) == 0:
+            return
         batch = merge([self._structures[i] for i in picked])
         energies = torch.cat([self._labels[i].energies for i in picked])
         forces = torch.cat([self._labels[i].forces for i in picked])
         own = self._engine.gradient.clone()
-        self._engine.loss_gradient(batch, energies, forces, self._loss)
+        self._engine.loss_gradient(batch, energies, forces, partial(self._loss, n_structures=self._batch_size))
         self._engine.gradient.mul_(self._weight).add_(own)

@@ -1,0 +1,291 @@
+"""Sweeps: many runs from one short description, carried out one by one by any scheduler.
+
+A description (``notebooks/sweeps/*.yml``) names what all runs share and what varies. :func:`plan` turns it into one
+parameters file per run, :func:`carry_out` executes the notebook ``10_single_run`` with one of them, :func:`collect`
+gathers the results and names the runs that failed. A sweep's folder holds ::
+
+    parameters/<run>.yml           the plan
+    results/<run>/metrics.json     what a finished run found; written last
+    results/<run>/error.txt        what stopped it
+    results/<run>/                 the executed notebook, figures, model and state of the training
+
+Nothing here knows who calls it: the ``Snakefile`` calls it for one core, a Slurm cluster or Kubernetes alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tlmc.datasets import available, local_file
+from tlmc.errors import ConfigError, DataError, StudyError
+from tlmc.evaluation.records import COLUMNS, read_records
+from tlmc.files import sha256_file, write_json, write_text
+from tlmc.outcomes import metrics_file, read_metrics
+from tlmc.paths import project_root
+from tlmc.profiles import Parameter, read_notebook, read_step
+from tlmc.provenance import package_versions, program_hash
+from tlmc.runs import Run, make_run, problems_of, read_yaml
+from tlmc.study import execute_notebook, kernel_environment
+
+NOTEBOOK = "10_single_run"
+"""The notebook that a run executes."""
+
+_HEADER = "# planned by tlmc: one run, parameters of the notebook 10_single_run; what it depends on: "
+
+
+class Sweep(BaseModel):
+    """What a description says. Every entry of `runs` is combined with every point of `grid`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    study: str
+    """Name that the results are filed under."""
+    base: dict[str, Any] = Field(default_factory=dict)
+    """What all runs share, fields of :class:`tlmc.runs.Run`."""
+    runs: list[dict[str, Any]] = Field([{}], min_length=1)
+    """What belongs together, e.g. a data set and its element map."""
+    grid: dict[str, list[Any]] = Field(default_factory=dict)
+    """Field to its values; all combinations are run. ``settings`` add to those of `base` and `runs`."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """How a sweep stands."""
+
+    finished: tuple[str, ...]
+    failed: dict[str, str]
+    """Run to the sentence that says what stopped it."""
+    waiting: tuple[str, ...]
+    """Runs that have not been tried."""
+    records: pd.DataFrame
+    """The test errors of the finished runs, columns of :data:`tlmc.evaluation.records.SCHEMA`."""
+
+
+def read_sweep(description: Path) -> tuple[str, list[Run]]:
+    """Read a description.
+
+    Returns
+    -------
+    str
+        The name that results are filed under.
+    list of Run
+        All runs, each once.
+
+    Raises
+    ------
+    ConfigError
+        If the file is not a description, or a run of it has an unknown or wrong field or setting.
+    DataError
+        If a data set is neither a known name nor a file; files are looked for from the description's folder.
+    """
+    try:
+        sweep = Sweep.model_validate(read_yaml(description))
+    except ValidationError as error:
+        raise ConfigError(f"{description}: {problems_of(error)}") from error
+    runs: dict[str, Run] = {}
+    for fields in _combinations(sweep):
+        run = make_run(fields, f"{description}, run {fields}")
+        if run.dataset not in available():
+            try:
+                path = local_file(description.parent / run.dataset)
+            except DataError:
+                path = local_file(run.dataset)  # its sentence has the nearest names
+            run = run.model_copy(update={"dataset": str(path and path.resolve())})
+        runs[run.slug] = run
+    return sweep.study, list(runs.values())
+
+
+def parameters_of(run: Run, study: str) -> dict[str, Parameter]:
+    """Return the parameters of the notebook for a run: its fields, mappings as text."""
+    parameters: dict[str, Parameter] = {"profile_name": study}
+    for name, value in run:
+        if name == "recipe":
+            parameters["recipe_name"] = value
+        elif name == "element_map":
+            parameters[name] = ", ".join(f"{new}={donor}" for new, donor in value.items())
+        elif isinstance(value, dict):
+            parameters[name] = yaml.safe_dump(value, default_flow_style=True, width=1_000_000).strip()
+        else:
+            parameters[name] = value
+    return parameters
+
+
+def plan(description: Path, folder: Path) -> list[str]:
+    """Write one parameters file per run of a description; files that would not change are left alone.
+
+    The first line of a file holds :func:`inputs_hash`, so that it changes when its run must be repeated. Parameters
+    files of an earlier plan whose runs are gone are removed; results are not.
+
+    Parameters
+    ----------
+    description
+        YAML file, see :class:`Sweep`.
+    folder
+        Folder of the sweep.
+
+    Returns
+    -------
+    list of str
+        Names of the runs.
+
+    Raises
+    ------
+    ConfigError, DataError
+        As :func:`read_sweep`; nothing is written then.
+    """
+    study, runs = read_sweep(description)
+    for run in runs:
+        path = parameters_file(folder, run.slug)
+        parameters = parameters_of(run, study)
+        text = f"{_HEADER}{inputs_hash(parameters)}\n" + yaml.safe_dump(parameters, sort_keys=False, width=1_000_000)
+        if not (path.is_file() and path.read_text(encoding="utf-8") == text):
+            write_text(path, text)
+    names = [run.slug for run in runs]
+    for path in parameters_file(folder, "").parent.glob("*.yml"):
+        if path.stem not in names and path.read_text(encoding="utf-8").startswith(_HEADER):
+            path.unlink()
+    return names
+
+
+def carry_out(parameters: Path, folder: Path) -> Path:
+    """Execute the notebook for one run.
+
+    A training that was interrupted goes on from its last epoch, unless code, notebook or data have changed since.
+
+    Parameters
+    ----------
+    parameters
+        A parameters file of a plan.
+    folder
+        Where the results go; this run's own.
+
+    Returns
+    -------
+    Path
+        ``metrics.json``: name and parameters of the run, seconds, host, test errors as the notebook reports them and
+        as records, data, start model and versions.
+
+    Raises
+    ------
+    ConfigError
+        If the parameters are wrong.
+    StudyError
+        If the notebook fails; ``error.txt`` says the same.
+    """
+    step = read_step(_notebook(), parameters)
+    digest = inputs_hash(step.changes)
+    begun = folder / "inputs.txt"
+    if folder.is_dir() and not (begun.is_file() and begun.read_text(encoding="utf-8").strip() == digest):
+        shutil.rmtree(folder)
+    write_text(begun, f"{digest}\n")
+    target, error_file = folder / "metrics.json", folder / "error.txt"
+    target.unlink(missing_ok=True)
+    # a process that is killed cannot say so any more
+    write_text(error_file, "was begun and did not end: killed, out of memory or out of time\n")
+    try:
+        with kernel_environment(folder):
+            seconds = execute_notebook(step, folder / f"{NOTEBOOK}.ipynb", metrics_file(folder, NOTEBOOK))
+    except StudyError as error:
+        write_text(error_file, f"{error}\n")
+        raise
+    content = read_metrics(folder, NOTEBOOK) | {
+        "run": parameters.stem,
+        "parameters": step.parameters,
+        "inputs": digest,
+        "seconds": round(seconds, 1),
+        "host": platform.node(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
+        "records": read_records(folder / "metrics").to_dict("records"),
+    }
+    error_file.unlink()
+    write_json(target, content)
+    return target
+
+
+def collect(folder: Path) -> Collected:
+    """Gather the results of a sweep and name the runs that failed.
+
+    Raises
+    ------
+    ConfigError
+        If the folder holds no plan.
+    """
+    names = sorted(path.stem for path in parameters_file(folder, "").parent.glob("*.yml"))
+    if not names:
+        raise ConfigError(f"{folder} holds no parameters/*.yml: make a plan first (tlmc sweep plan)")
+    finished, waiting, rows = [], [], []
+    failed: dict[str, str] = {}
+    for name in names:
+        results = folder / "results" / name
+        if (results / "metrics.json").is_file():
+            finished.append(name)
+            rows += json.loads((results / "metrics.json").read_text(encoding="utf-8"))["records"]
+        elif (results / "error.txt").is_file():
+            failed[name] = (results / "error.txt").read_text(encoding="utf-8").strip()
+        else:
+            waiting.append(name)
+    return Collected(tuple(finished), failed, tuple(waiting), pd.DataFrame(rows, columns=list(COLUMNS)))
+
+
+def parameters_file(folder: Path, run: str) -> Path:
+    """Return where the parameters of a run are."""
+    return folder / "parameters" / f"{run}.yml"
+
+
+def inputs_hash(parameters: Mapping[str, Parameter]) -> str:
+    """Return the SHA-256 over all that the result of a run depends on.
+
+    These are its parameters, the cells of the notebook, what the code does that a run uses, the versions of packages,
+    and the data.
+
+    Parameters
+    ----------
+    parameters
+        Those of a parameters file.
+    """
+    dataset = str(parameters["dataset"])
+    file = local_file(dataset)
+    data = sha256_file(file) if file else available()[dataset]["sha256"]
+    own = {"parameters": dict(parameters), "data": data}
+    return hashlib.sha256(json.dumps(own | _shared_inputs(), sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def _shared_inputs() -> dict[str, Any]:
+    """Return what all runs depend on; asked for hundreds of runs at a time."""
+    return {
+        "notebook": [cell.source for cell in read_notebook(_notebook()).cells if cell.cell_type == "code"],
+        "program": program_hash("tlmc.runs"),
+        "versions": package_versions(),
+    }
+
+
+def _notebook() -> Path:
+    return project_root() / "notebooks" / f"{NOTEBOOK}.ipynb"
+
+
+def _combinations(sweep: Sweep) -> Iterator[dict[str, Any]]:
+    """Yield the fields of every run."""
+    for fields in sweep.runs:
+        for point in itertools.product(*sweep.grid.values()):
+            varied: Mapping[str, Any] = dict(zip(sweep.grid, point, strict=True))
+            parts = (sweep.base, fields, varied)
+            merged: dict[str, Any] = {key: value for part in parts for key, value in part.items()}
+            layers = [part["settings"] for part in parts if "settings" in part]
+            if len(layers) > 1 and all(isinstance(layer, dict) for layer in layers):
+                merged["settings"] = {key: value for layer in layers for key, value in layer.items()}
+            yield merged
