@@ -370,6 +370,14 @@ class TestOwnData:
         assert [facts["name"] for facts in summary["datasets"]] == ["32", "33"]
         assert all(facts["hash"] in page.read_text() for facts in summary["datasets"])
 
+    def test_a_single_crystal_of_known_elements(self, checkout, folder):
+        (folder / "32.traj").unlink()
+        study.run_study("quick", data=folder)
+        reports = checkout / "out" / "own" / "crystals of mine"
+        [first, others] = json.loads((reports / "metrics" / "05.json").read_text())["metrics"]["answer"]
+        assert (first, others) == (str(folder / "33.traj"), "")
+        assert json.loads((reports / "metrics" / "09.json").read_text())["metrics"]["answer"][2:] == ["", ""]
+
     def test_changed_data_are_studied_again(self, checkout, folder):
         study.run_study("quick", ["09"], data=folder)
         reports = checkout / "out" / "own" / "crystals of mine"

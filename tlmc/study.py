@@ -155,8 +155,10 @@ def _with_absolute_files(parameters: Mapping[str, Parameter]) -> dict[str, Param
     """Make files and folders that are named from the shell's folder findable from the notebooks' folder."""
     result = dict(parameters)
     for key in set(_DATA) & set(result):
-        parts = [str(result[key])] if Path(str(result[key])).exists() else str(result[key]).split(",")
-        result[key] = ",".join(str(Path(part).resolve()) if Path(part).exists() else part for part in parts)
+        text = str(result[key])
+        # an empty text names no data, though its path is the present folder
+        parts = [text] if text and Path(text).exists() else text.split(",")
+        result[key] = ",".join(str(Path(part).resolve()) if part and Path(part).exists() else part for part in parts)
     return result
 
 
