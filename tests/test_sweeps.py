@@ -283,7 +283,8 @@ class TestRun:
         assert content["notebook"] == sweeps.NOTEBOOK
         assert content["inputs"] in sweeps.parameters_file(sweep, path.parent.name).read_text().partition("\n")[0]
         force = content["metrics"]["force_rmse_vector_eV_per_A"]
-        recorded = {row["recipe"]: row["value"] for row in content["records"] if row["quantity"] == "force_rmse_vector"}
+        rows = [row for row in content["records"] if row["split"] == "test" and row["quantity"] == "force_rmse_vector"]
+        recorded = {row["recipe"]: row["value"] for row in rows}
         assert recorded == pytest.approx(force)
         assert not (path.parent / "error.txt").exists()
         assert next(path.parent.glob("runs/*/model.safetensors")).stat().st_size > 0
