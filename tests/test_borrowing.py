@@ -8,13 +8,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from potential_references import torchani_energy_and_forces, with_exact_celu
 
 from tlmc.datasets import load_dataset
 from tlmc.labelled import Dataset
-from tlmc.potentials import Potential, TlmcCalculator, export_state_dict, predict, to_torchani, with_elements
+from tlmc.potentials import (
+    Potential,
+    TlmcCalculator,
+    export_state_dict,
+    predict,
+    scratch,
+    to_torchani,
+    with_elements,
+)
 from tlmc.potentials.transfer import Borrowing
+from tlmc.reference import ReferenceEnergies
 from tlmc.splits import split_dataset
-from tlmc.training import build_cache, finetune, load_model, recipe
+from tlmc.training import build_cache, finetune, load_model, recipe, save_model
 from tlmc.training.engine import Engine, merge
 
 CRYSTALS: list[tuple[str, dict[str, str]]] = [("27-like", {"Si": "C", "I": "Cl"}), ("28-like", {"Cu": "S"})]
@@ -42,6 +52,35 @@ def test_engine_starts_alike_in_both_ways(crystal: Any, ani2xt: Potential, tmp_p
         found.append((np.array([result.energies.item() for result in results]), np.concatenate(forces)))
     (energies, forces), (other_energies, other_forces) = found
     assert other_energies == pytest.approx(energies, rel=1e-6)
+    np.testing.assert_allclose(other_forces, forces, rtol=0.0, atol=1e-6 * np.abs(forces).max())
+
+
+@pytest.mark.parametrize("route", ["calculator", "checkpoint", "export"])
+def test_both_ways_start_alike_wherever_the_model_goes(
+    crystal: Any, route: str, ani2xt: Potential, tmp_path: Path
+) -> None:
+    data, mapping = crystal
+    frame = data.frames[0].copy()
+    found = []
+    for way in WAYS:
+        model = with_elements(ani2xt, mapping, way).to(torch.float64)
+        model = model.with_reference(ReferenceEnergies(dict.fromkeys(data.elements, -2.0), "per_element"))
+        constant = model.atomic_reference([frame]).item()
+        if route == "export":
+            export_state_dict(model, tmp_path / f"{way}.pt")
+            network = to_torchani(scratch(model, seed=1))
+            network.load_state_dict(torch.load(tmp_path / f"{way}.pt", weights_only=True))
+            found.append(torchani_energy_and_forces(with_exact_celu(network), frame))
+            continue
+        if route == "checkpoint":
+            save_model(model, tmp_path / f"{way}.safetensors", {})
+            model, _ = load_model(tmp_path / f"{way}.safetensors")
+            assert set(mapping).isdisjoint(model.symbols) == (way == "relabel")
+        frame.calc = TlmcCalculator(model)
+        found.append((frame.get_potential_energy(), frame.get_forces()))
+    (energy, forces), (other_energy, other_forces) = found
+    # relative to what the networks say: next to the self energies of the atoms it is small
+    assert abs(other_energy - energy) < 1e-6 * abs(energy - constant)
     np.testing.assert_allclose(other_forces, forces, rtol=0.0, atol=1e-6 * np.abs(forces).max())
 
 

@@ -71,7 +71,7 @@ class TestFiles:
         for name in ("27.traj", "9.extxyz.xz", "b.traj", "100.traj"):
             (tmp_path / name).write_bytes(b"x")
         found = [path.name for path in casestudy.crystal_files(tmp_path)]
-        assert found == ["b.traj", "9.extxyz.xz", "27.traj", "100.traj"]
+        assert found == ["9.extxyz.xz", "27.traj", "100.traj", "b.traj"]
 
     def test_folders_that_say_nothing_or_two_things(self, tmp_path):
         with pytest.raises(DataError, match="is no folder"):
@@ -167,9 +167,7 @@ class TestTables:
     def test_elements_and_literature(self, case):
         experiments = case.each()
         elements = casestudy.element_table(experiments)
-        assert elements.loc[("33", "", TUNED)].dropna().index.tolist() == ["H", "C", "N", "O", "Cl"] or set(
-            elements.loc[("33", "", TUNED)].dropna().index
-        ) == {"H", "C", "N", "O", "Cl"}
+        assert set(elements.loc[("33", "", TUNED)].dropna().index) == {"H", "C", "N", "O", "Cl"}
         ours = casestudy.against_literature(casestudy.error_table(experiments))
         assert ours.loc["ANI-1", "E (meV/atom)"] == pytest.approx(3.4)
         assert ours["E (meV/atom)"].is_monotonic_decreasing
@@ -216,12 +214,10 @@ class TestMoreTrainings:
 
     def test_packings_left_out_are_in_no_training(self, case, reports):
         energies = case.packings_left_out("33", 2)
-        assert energies.index.tolist() != []
+        assert energies["n_frames"].sum() == len(case.crystals[1])
         assert energies[[START, TUNED]].notna().all(axis=None)
         groups = packings(case.crystals[1])
         tested = []
-        for path in reports.glob("runs/33-ani2xt-short_ packings*/split.json"):
-            pytest.fail(f"unexpected name {path}")
         for path in reports.glob("runs/33-ani2xt-short, packings left out*/split.json"):
             split = json.loads(path.read_text())
             inside = {groups[k] for k in split["train"] + split["validation"]}
@@ -279,7 +275,7 @@ def test_public_crystals_renamed_as_the_thesis_names_its_own(tmp_path, monkeypat
     case = CaseStudy(ani2x, renamed, changes={"epochs": 1})
     table = casestudy.write_results(case, "own", shared=True)
     assert table.index.unique("crystal").tolist() == ["27", "28"]
-    tuned, start = (table.xs(model, level="model")["F vector (eV/Å)"] for model in (TUNED, START))
-    assert (tuned < start).all()
+    force = table["F vector (eV/Å)"]
+    assert force["27", "", TUNED] < 0.5 * force["27", "", START]
     same = casestudy.error_table(CaseStudy(ani2x, registered, changes={"epochs": 1}).each())
     np.testing.assert_allclose(same.iloc[:, :4], table.iloc[:, :4], rtol=1e-6)

@@ -140,13 +140,51 @@ class TestFinetune:
         assert not Path("run", "model.safetensors").exists()
         assert Path("run", "state.safetensors").is_file()
 
+    def test_two_processes(self, tlmc, data, start):
+        """One speaks and writes; the result is that of one process with the same batches."""
+        options = ["--start-model", start, "--epochs", 2, "--batch-size", 3, "--set", "precision=float64"]
+        command = [sys.executable, "-m", "tlmc.cli", "finetune", data, "--processes", 2, "--run-dir", "two"]
+        command = [str(argument) for argument in [*command, *options]]
+        answer = subprocess.run(command, capture_output=True, text=True)
+        assert answer.returncode == 0, answer.stderr
+        assert [answer.stderr.count(f"epoch {epoch}/2") for epoch in (1, 2)] == [1, 1]
+        assert answer.stdout.count("run: two") == 1
+        assert Path("two", "parity.png").is_file()
+        assert tlmc("-q", "finetune", data, "--run-dir", "one", *options)[0] == 0
+        two, one = (json.loads(Path(folder, "metrics.json").read_text()) for folder in ("two", "one"))
+        assert two["run_id"] == one["run_id"]
+        for name, metric in one["test"]["short"].items():
+            assert two["test"]["short"][name]["value"] == pytest.approx(metric["value"], rel=1e-5), name
+
+        answer = subprocess.run([*command, "--set", "lambda_=0.5"], capture_output=True, text=True)
+        assert answer.returncode == 2
+        assert "two holds another run: config.lambda_ (0.1 there, 0.5 now)" in answer.stderr
+        assert "Traceback" not in answer.stderr
+
+    def test_an_interrupted_run_of_two_processes_goes_on(self, data, start):
+        command = [sys.executable, "-m", "tlmc.cli", "finetune", str(data), "--start-model", str(start)]
+        command += ["--epochs", "100000", "--run-dir", "run", "--processes", "2"]
+        with open("log", "w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=heed_interrupts)
+        deadline = time.monotonic() + 100
+        while not Path("run", "state.safetensors").is_file() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        errors = Path("log").read_text()
+        assert "Traceback" not in errors
+        assert errors.count("the same command goes on from there") == 1
+
     @pytest.mark.parametrize(
         ("arguments", "sentence"),
         [
             (["--set", "lambda=1"], "recipe short: lambda = 1: Extra inputs are not permitted"),
             (["--set", "lambda_=2"], "recipe short: lambda_ = 2: Input should be less than or equal to 1"),
             (["--set", "lambda_"], "--set takes NAME=VALUE, got 'lambda_'"),
-            (["--recipe", "long"], "there is no recipe 'long': choose one of thesis, short, scratch, frozen"),
+            (
+                ["--recipe", "long"],
+                "there is no recipe 'long': choose one of thesis, short, quick, scratch",
+            ),
             (["--epochs", "0"], "epochs = 0: Input should be greater than or equal to 1"),
             (["--map", "Si"], "--map takes NAME=VALUE, got 'Si'"),
             (["--map", "Si=Xx"], "cannot map Si onto 'Xx'"),
@@ -154,6 +192,10 @@ class TestFinetune:
             (["--start-model", "none.safetensors"], "none.safetensors does not exist"),
             (["--crystals-only"], "0 frames are fewer than the split needs"),
             (["--units", "furlong"], "units must be one of eV"),
+            (["--device", "gpu"], "device must be cpu, cuda or cuda:N, got 'gpu'"),
+            (["--device", "cuda:77"], "device 'cuda:77' is not there: torch"),
+            (["--processes", "2", "--device", "cuda:77"], "device 'cuda:77' is not there: torch"),
+            (["--processes", "2", "--map", "Si=Xx"], "cannot map Si onto 'Xx'"),
             (["--energy-key", "REF_energy", "--forces-key", "REF_forces"], "REF_energy"),
         ],
     )

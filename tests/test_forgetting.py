@@ -39,6 +39,7 @@ def test_molecules_are_parted_by_kind_and_always_the_same():
     assert all(np.array_equal(a.positions, b.positions) for a, b in zip(again, replayed, strict=True))
     names = [{frame.info["molecule"] for frame in part} for part in (replayed, held_out)]
     assert not names[0] & names[1]
+    assert "CH2_s1A1d" not in names[0] | names[1]
     assert {"CH4", "H2O", "CH3CH2OH", "C6H6"} <= names[0] | names[1]
     moved = np.concatenate([f.positions - molecule(f.info["molecule"]).positions for f in replayed + held_out])
     assert moved.std() == pytest.approx(0.05, rel=0.03)

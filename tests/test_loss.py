@@ -36,6 +36,21 @@ def test_slopes_equal_autograd(kind):
     torch.testing.assert_close(result.force_slope, by_force)
 
 
+@pytest.mark.parametrize("kind", ["mse", "huber"])
+def test_shares_of_a_batch_add_up(kind):
+    energies, forces, n_atoms, structure = batch()
+    whole = batch_loss(energies, forces, n_atoms, structure, 0.7, kind, 0.5)
+    shares = [
+        batch_loss(
+            energies[[k]], forces[structure == k], n_atoms[[k]], structure[structure == k] - k, 0.7, kind, 0.5, 2
+        )
+        for k in range(2)
+    ]
+    assert sum(share.loss for share in shares).item() == pytest.approx(whole.loss.item())
+    torch.testing.assert_close(torch.cat([share.force_slope for share in shares]), whole.force_slope)
+    torch.testing.assert_close(torch.cat([share.energy_slope for share in shares]), whole.energy_slope)
+
+
 def test_huber_is_the_square_for_small_errors_and_linear_for_large_ones():
     energies, forces, n_atoms, structure = batch()
     small = batch_loss(0.01 * energies, 0.01 * forces, n_atoms, structure, 0.5, "huber", 1.0)

@@ -22,7 +22,7 @@ from tlmc.datasets import load_dataset
 from tlmc.descriptors.aev import AEVParameters, aev, neighbours
 from tlmc.errors import ConfigError, DataError
 from tlmc.evaluation.metrics import evaluate, per_frame
-from tlmc.splits import Split
+from tlmc.splits import Split, split_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -448,6 +448,18 @@ class TestSetsOverview:
         with pytest.raises(DataError, match="needs at least one set"):
             plots.sets_overview([])
 
+    def test_coverage_has_a_panel_for_each_set_with_all_its_frames(self):
+        crystals = load_dataset("33-like").subset(range(0, 140, 10))
+        split = split_dataset(crystals, seed=0)
+        mapped = analysis.descriptor_map(crystals, fitted_on=split.train)
+        figure = plots.sets_coverage([crystals] * 4, [mapped] * 4, [split] * 4)
+        assert [ax.get_title(loc="left") for ax in figure.axes[:4]] == [crystals.name] * 4
+        drawn = np.concatenate([points.get_offsets() for points in figure.axes[3].collections])
+        np.testing.assert_array_equal(np.sort(drawn, axis=0), np.sort(mapped.scores, axis=0))
+        assert legend(figure.axes[2]) == ["train", "validation", "test"]
+        with pytest.raises(DataError, match="got 2 sets, 1 maps, 2 splits"):
+            plots.sets_coverage([crystals] * 2, [mapped], [split] * 2)
+
 
 class TestOutliers:
     def test_names_frames_beyond_the_bound(self):
@@ -582,12 +594,13 @@ class TestErrorAgainstTime:
         ]  # fmt: skip
         return pd.DataFrame(rows)
 
-    def test_a_line_per_seed_that_ends_in_a_point(self):
+    def test_a_line_per_setting_and_a_point_per_seed(self):
         ax = plots.error_against_time(self.table(), quantity="energy_rmse_per_atom")
         assert legend(ax) == ["plain", "ridge"]
-        assert [len(line.get_xdata()) for line in ax.lines] == [3, 1] * 4
-        np.testing.assert_allclose(ax.lines[2].get_xdata(), [3.0, 5.0, 7.0])
-        np.testing.assert_allclose(ax.lines[3].get_ydata(), [10.0 / 3])
+        assert [len(line.get_xdata()) for line in ax.lines] == [3, 2] * 2
+        np.testing.assert_allclose(ax.lines[2].get_xdata(), np.sqrt([2.0 * 3.0, 4.0 * 5.0, 6.0 * 7.0]))
+        np.testing.assert_allclose(ax.lines[3].get_xdata(), [6.0, 7.0])
+        np.testing.assert_allclose(ax.lines[3].get_ydata(), [10.0 / 3] * 2)
         assert (ax.get_xscale(), ax.get_ylabel()) == ("log", "validation energy RMSE (meV/atom)")
 
     def test_missing_columns(self):
@@ -601,7 +614,8 @@ class TestErrorAgainstTime:
             "validation force RMSE, vector (eV/Å)",
             "validation energy RMSE (meV/atom)",
         ]
-        assert [ax.get_legend() is not None for ax in figure.axes] == [True, False, False, False]
+        assert [ax.get_legend() is not None for ax in figure.axes] == [False, True, False, False]
+        assert legend(figure.axes[1]) == ["plain", "ridge"]
         with pytest.raises(DataError, match="at least one table, got none"):
             plots.error_against_time_panels({})
 

@@ -35,6 +35,11 @@ class TestRanking:
         assert right == pytest.approx([-200, 0, 200])
         assert [text.get_text() for text in ax.get_legend().get_texts()] == ["P0", "P1", "P2"]
 
+    def test_panels_agree_on_colours(self):
+        whole, part = plots.ranking(energies()), plots.ranking(energies().iloc[1:], among=["P0", "P1", "P2"])
+        colour = {line.get_label(): line.get_color() for line in whole.lines}
+        assert [line.get_color() for line in part.lines if line.get_label()[0] == "P"] == [colour["P1"], colour["P2"]]
+
     def test_many_candidates_get_no_legend(self):
         assert plots.ranking(energies(30)).get_legend() is None
 

@@ -64,6 +64,10 @@ err = Console(stderr=True)
 class _Commands(TyperGroup):
     """Turn errors that a user can act on into one sentence, and Ctrl-C into advice."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        ctx.obj = list(args)  # for a command that starts itself several times
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -72,10 +76,14 @@ class _Commands(TyperGroup):
             if isinstance(error, OSError) and error.filename is not None:
                 # disk full, no permission, file not there
                 sentence = f"{error.filename}: {error.strerror}"
+            rank = os.environ.get("RANK", "0")
+            if rank != "0":
+                sentence = f"process {rank}: {sentence}"
             err.print(f"[red]{escape(sentence)}[/red]", soft_wrap=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt:
-            err.print("[yellow]interrupted: what is finished is kept, the same command goes on from there[/yellow]")
+            if os.environ.get("RANK", "0") == "0":
+                err.print("[yellow]interrupted: what is finished is kept, the same command goes on from there[/yellow]")
             raise typer.Exit(130) from None
 
 
@@ -118,6 +126,8 @@ def _main(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Everything, debugging messages too.")] = False,
 ) -> None:
     level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+    if os.environ.get("RANK", "0") != "0":
+        level = logging.ERROR  # of the processes that train together the first one speaks for all
     handler: logging.Handler = RichHandler(console=err, show_path=False, show_level=False, log_time_format="[%X]")
     if not err.is_terminal:
         # rich would break the lines of a log file
@@ -181,9 +191,10 @@ def study(
 
 @app.command()
 def finetune(
+    ctx: typer.Context,
     dataset: Annotated[str, typer.Argument(help="Name (tlmc fetch --list) or any file that ASE reads.")],
     start_model: Annotated[str, typer.Option(help="ani2x, ani2xt, or a model.safetensors to go on from.")] = "ani2xt",
-    recipe: Annotated[str, typer.Option(help="thesis, short, rich, scratch or frozen.")] = "short",
+    recipe: Annotated[str, typer.Option(help="thesis, short, quick, rich, scratch or frozen.")] = "short",
     seed: Annotated[int, typer.Option(min=0, help="Of the split and of the training.")] = 0,
     epochs: Annotated[int | None, typer.Option(help="Default: the recipe's.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Structures per step. Default: the recipe's.")] = None,
@@ -208,11 +219,19 @@ def finetune(
         str | None, typer.Option("--record", metavar="STUDY", help="Add the test errors to metrics/summary.parquet.")
     ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    processes: Annotated[
+        int,
+        typer.Option(min=1, help="Train with so many processes, which share every batch: cores, or GPUs with cuda."),
+    ] = 1,
 ) -> None:
     """Fine-tune a start model on labelled structures and evaluate it on the test part.
 
     The run folder gets model.safetensors, history.csv, split.json, metrics.json and parity.png. A run that was
     interrupted goes on from its last epoch, to the weights it would have had anyway.
+
+    On several machines, start it with torchrun: the result is that of one process with the same batch size, to
+    rounding, so raise the batch size with the number of processes. Run and cache folders must be shared.
 
     [bold]Examples[/bold]
 
@@ -223,20 +242,46 @@ def finetune(
     tlmc finetune 27-like --map Si=C --map I=Cl --borrow extend
 
     tlmc finetune my.extxyz --map Si=C --energy-key REF_energy --forces-key REF_forces --set keep=best
+
+    tlmc finetune my.extxyz --device cuda --set batch_atoms=4000
+
+    tlmc finetune my.extxyz --processes 2 --batch-size 16
+
+    torchrun --nproc-per-node 4 -m tlmc.cli finetune my.extxyz --device cuda --batch-size 64
     """
     from tlmc.experiments import run_experiment
+    from tlmc.training import distributed
+    from tlmc.training.devices import find_device
     from tlmc.training.finetune import recipe as named_recipe
 
     changes = {key: yaml.safe_load(value) for key, value in _pairs(setting, "--set").items()}
     named = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
     config = named_recipe(recipe, **(changes | {key: value for key, value in named.items() if value is not None}))
-    data = _load(dataset, energy_key, forces_key, units)
-    if crystals_only:
-        data = data.crystals()
-    model = _model(start_model, mapped, borrow)
-    experiment = run_experiment(
-        model, data, config, split=split, study=study_name or "", run_dir=run_dir, tensorboard=tensorboard
-    )
+    launched = distributed.launched_processes()
+    if processes > 1 and launched not in (1, processes):
+        raise ConfigError(f"--processes {processes} contradicts the launcher, which started {launched}")
+
+    def inputs() -> tuple[Dataset, Potential]:
+        data = _load(dataset, energy_key, forces_key, units)
+        return data.crystals() if crystals_only else data, _model(start_model, mapped, borrow)
+
+    if processes > launched:
+        # what is wrong with the input is said once, before the processes start
+        distributed.check_backend(find_device(device).type)
+        inputs()
+        status = distributed.launch(processes, ["-m", "tlmc.cli", *ctx.obj])
+        if status:
+            raise typer.Exit(status)
+        return
+    with distributed.processes(device) as group:
+        with group.first_alone():
+            data, model = inputs()
+        experiment = run_experiment(
+            model, data, config, split=split, study=study_name or "", run_dir=run_dir, tensorboard=tensorboard,
+            device=device, group=group,
+        )  # fmt: skip
+    if not group.is_first:
+        return
     _parity(experiment.run_dir / "parity.png", experiment.test, experiment.stages, recipe)
     title = f"{data.name}: errors on {len(experiment.test)} test frames, trained on {len(experiment.split.train)}"
     _print_metrics(title, {name: stage.metrics for name, stage in experiment.stages.items()})
@@ -287,6 +332,7 @@ def casestudy(
     from tlmc.potentials.transfer import THESIS_DONORS
 
     changes = {key: yaml.safe_load(value) for key, value in _pairs(setting, "--set").items()}
+    numbers = [_whole_number(part) for part in sizes.split(",") if part.strip()]
     case = CaseStudy(
         load_start_model(start_model),
         load_crystals(sources(crystals)),
@@ -300,7 +346,7 @@ def casestudy(
     table = write_results(
         case,
         study_name,
-        sizes=[_whole_number(part) for part in sizes.split(",") if part.strip()],
+        sizes=numbers,
         shared=shared,
         left_out=[part.strip() for part in left_out.split(",") if part.strip()],
         n_folds=folds,

@@ -7,21 +7,25 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final
 
+import numpy as np
 import pandas as pd
 import torch
 
+from tlmc.errors import ConfigError
 from tlmc.evaluation.comparison import Stage, before_and_after, rows_from_stages
 from tlmc.evaluation.metrics import as_json, evaluate
 from tlmc.evaluation.records import CELL, append_records, rows_from_metrics
-from tlmc.files import write_json
+from tlmc.files import write_json, write_text
 from tlmc.labelled import Dataset
 from tlmc.paths import reports_dir
 from tlmc.potentials.calculator import predict
 from tlmc.potentials.model import Potential
 from tlmc.splits import Split, SplitMethod, shrunk, split_dataset
 from tlmc.training.cache import build_cache
+from tlmc.training.distributed import Group
 from tlmc.training.finetune import FinetuneConfig, FinetuneResult, finetune, recipe, run_name
 from tlmc.training.kernels import kernels
 
@@ -56,6 +60,8 @@ def run_experiment(
     run_dir: Path | None = None,
     progress: bool | None = None,
     tensorboard: bool = False,
+    device: str = "cpu",
+    group: Group | None = None,
 ) -> Experiment:
     """Fine-tune on the training part, evaluate on the test part; an unfinished run goes on, a finished one is read.
 
@@ -72,8 +78,9 @@ def run_experiment(
         empty for no record.
     run_dir
         Folder of the run; by default one under ``reports/runs`` with a name that changes with every setting.
-    progress, tensorboard
-        As in :func:`tlmc.training.finetune.finetune`.
+    progress, tensorboard, device, group
+        As in :func:`tlmc.training.finetune.finetune`. Of a group, only the first process evaluates and records; the
+        others return without stages.
 
     Raises
     ------
@@ -84,7 +91,11 @@ def run_experiment(
     if n_train:
         parts = shrunk(parts, n_train, config.seed)
     folder = run_dir or reports_dir() / "runs" / run_name(model, dataset, parts, config)
-    result = finetune(model, dataset, parts, config, folder, progress=progress, tensorboard=tensorboard)
+    result = finetune(
+        model, dataset, parts, config, folder, progress=progress, tensorboard=tensorboard, device=device, group=group
+    )
+    if group is not None and not group.is_first:
+        return Experiment(dataset, parts, result, {}, folder)
     stages = before_and_after(model, {config.recipe: result.potential}, dataset, parts)
     content = {
         "run_id": result.run_id,
@@ -150,59 +161,144 @@ def run_recipes(
     return experiments
 
 
+CONVERGENCE: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        # a plateau does not know how many epochs are to come: these are the first 30 of the protocol's 100
+        "thesis": {"recipe": "thesis", "epochs": 30},
+        "short": {},
+        "short, half as long": {"epochs": 30},
+        "short + ridge": {"warm_start": "ridge", "lr": 1e-4, "warmup_epochs": 3, "epochs": 20},
+        "batch 4": {"batch_size": 4, "lr": 6e-4, "warmup_epochs": 1, "epochs": 30},
+        "batch 4 + EMA": {
+            "batch_size": 4, "lr": 6e-4, "warmup_epochs": 1, "epochs": 30, "schedule": "constant", "ema_decay": 0.99,
+        },
+    }
+)  # fmt: skip
+"""Settings to compare with :func:`convergence`: the thesis' protocol, and ways to visit each structure less often."""
+
+
 def convergence(
     model: Potential,
-    dataset: Dataset,
-    settings: Mapping[str, Mapping[str, Any]],
+    datasets: Sequence[Dataset],
     n_seeds: int,
+    settings: Mapping[str, Mapping[str, Any]] = CONVERGENCE,
     *,
     first_seed: int = 0,
+    share: float = 1.0,
     split: SplitMethod = "random",
     progress: bool | None = None,
 ) -> pd.DataFrame:
     """Train with several settings and tell how the validation error falls with the processor time spent.
 
     Descriptors are computed, and kernels compiled, beforehand; a warm start counts. Runs of one seed share split and
-    start. Processor time is measured over a whole run, which makes it comparable on a shared machine, and handed to its
-    epochs in proportion to their wall time.
+    start. Processor time, unlike time on the clock, is comparable on a shared machine. Each run leaves its part of the
+    table under ``reports/runs/convergence``, where another call finds it.
 
     Parameters
     ----------
-    model, dataset
-        Start model and all frames.
+    model, datasets
+        Start model, and sets of all frames.
+    n_seeds, first_seed
+        Seeds of split and training.
     settings
         Under each name the ``recipe`` (``"short"`` if not given) and what differs from it, e.g.
         ``{"ridge, batch 8": {"warm_start": "ridge", "batch_size": 8, "lr": 6e-4}}``.
-    n_seeds, first_seed
-        Seeds of split and training.
+    share
+        Part of each setting's epochs (rounded, at least one) to train, for a trial of the whole; schedules end with it.
     split, progress
         As in :func:`run_experiment`.
+
+    Raises
+    ------
+    DataError, ModelError, ConfigError
+        As the steps raise them; all settings are checked before the first training starts.
 
     Returns
     -------
     DataFrame
-        A row per epoch: ``setting``, ``seed``, ``epoch``, ``cpu_seconds`` since the start of the run,
+        A row per epoch: ``dataset``, ``setting``, ``seed``, ``epoch``, ``cpu_seconds`` since the start of the run,
         ``validation_force_rmse_vector`` (eV/A) and ``validation_energy_rmse_per_atom`` (eV/atom).
     """
-    seeds = range(first_seed, first_seed + n_seeds)
-    configs = {
-        name: [recipe(changes.get("recipe", "short"), seed=seed, **{k: v for k, v in changes.items() if k != "recipe"})
-               for seed in seeds]
-        for name, changes in settings.items()
-    }  # fmt: skip
-    columns = ["epoch", "validation_force_rmse_vector", "validation_energy_rmse_per_atom"]
+    configs = {name: _shortened(setting, share) for name, setting in settings.items()}
+    runs = [
+        (dataset, name, config.model_copy(update={"seed": seed}))
+        for seed in range(first_seed, first_seed + n_seeds)
+        for dataset in datasets
+        for name, config in configs.items()
+    ]
     tables = []
-    for name, runs in configs.items():
-        for config in runs:
+    for dataset, name, config in runs:
+        parts = split_dataset(dataset, method=split, seed=config.seed)
+        target = reports_dir() / "runs" / "convergence" / f"{run_name(model, dataset, parts, config)}.csv"
+        if not target.exists():
             _LOG.info("%s on %s, seed %d", name, dataset.name, config.seed)
-            dtype = getattr(torch, config.precision)
-            build_cache(model, dataset.frames, dtype)
-            kernels(dtype)
-            parts = split_dataset(dataset, method=split, seed=config.seed)
-            wall, cpu = time.perf_counter(), time.process_time()
-            history = finetune(model, dataset, parts, config, progress=progress).history
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            before = wall - history["seconds"].sum()
-            table = history[columns].assign(cpu_seconds=(before + history["seconds"].cumsum()) * cpu / wall)
-            tables.append(table.assign(setting=name, seed=config.seed))
+            write_text(target, _timed_history(model, dataset, parts, config, progress).to_csv(index=False))
+        labels: dict[str, Any] = {"dataset": dataset.name, "setting": name, "seed": config.seed}
+        table = pd.read_csv(target)
+        tables.append(table.assign(**labels)[[*labels, *table.columns]])
     return pd.concat(tables, ignore_index=True)
+
+
+def _shortened(setting: Mapping[str, Any], share: float) -> FinetuneConfig:
+    """Return the configuration of an entry of the settings of `convergence`, with a part of its epochs."""
+    changes = {key: value for key, value in setting.items() if key != "recipe"}
+    config = recipe(setting.get("recipe", "short"), **changes)
+    return config.model_copy(update={"epochs": max(1, round(share * config.epochs))})
+
+
+def _timed_history(
+    model: Potential, dataset: Dataset, parts: Split, config: FinetuneConfig, progress: bool | None
+) -> pd.DataFrame:
+    """Return epoch, processor time and validation errors of a training that is kept in memory."""
+    dtype = getattr(torch, config.precision)
+    build_cache(model, dataset.frames, dtype)
+    kernels(dtype)
+    began = time.process_time()
+    history = finetune(model, dataset, parts, config, progress=progress).history
+    epochs = history["cpu_seconds"].cumsum()
+    before = time.process_time() - began - epochs.iloc[-1]
+    columns = ["epoch", "validation_force_rmse_vector", "validation_energy_rmse_per_atom"]
+    return history[columns].assign(cpu_seconds=before + epochs)
+
+
+def convergence_table(table: pd.DataFrame, baseline: str = "short") -> pd.DataFrame:
+    """Return where the settings of :func:`convergence` end, at what cost, and how that compares with one of them.
+
+    Parameters
+    ----------
+    table
+        As :func:`convergence` returns it.
+    baseline
+        Setting to compare with, run by run: same set, same seed.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row per setting, in the order of the table: epochs; geometric means over sets and seeds of processor time (s)
+        and of the validation errors after the last epoch (RMSE of the force vectors, eV/A, and of the energies,
+        meV/atom); then the same three relative to the baseline, the ratios of the errors each with the standard
+        deviation of its logarithm over sets and seeds (NaN with one run).
+
+    Raises
+    ------
+    ConfigError
+        If no run has the setting `baseline`.
+    """
+    names = {
+        "cpu_seconds": "processor time (s)",
+        "validation_force_rmse_vector": "F vector (eV/A)",
+        "validation_energy_rmse_per_atom": "E (meV/atom)",
+    }
+    order = list(dict.fromkeys(table["setting"]))
+    if baseline not in order:
+        raise ConfigError(f"there is no setting {baseline!r} to compare with among {', '.join(order)}")
+    ends = table.groupby(["setting", "dataset", "seed"])[list(names)].last().rename(columns=names)
+    logs = (ends * [1.0, 1.0, 1000.0]).apply(np.log)
+    ratios = logs - logs.loc[baseline].reindex(logs.reset_index("setting").index).to_numpy()
+    result = logs.groupby("setting").mean().apply(np.exp)
+    result.insert(0, "epochs", table.groupby("setting")["epoch"].max().astype(int))
+    for name, column in zip(("time", "F", "E"), names.values(), strict=True):
+        result[f"{name} / {baseline}"] = np.exp(ratios.groupby("setting")[column].mean())
+        if name != "time":
+            result[f"{name} / {baseline}, sd"] = ratios.groupby("setting")[column].std()
+    return result.loc[order]

@@ -33,7 +33,7 @@ START_TIMEOUT = 300
 EXECUTION_TIMEOUT = 7200
 """Seconds a cell may take."""
 
-_DATA = ("dataset", "others", "crystals", "crystal", "molecule", "molecule_set")
+_DATA = ("dataset", "others", "crystals", "borrow_dataset", "crystal", "molecule", "molecule_set")
 """Parameters that name data: a set, several parted by commas, or a folder."""
 
 # run by every kernel: nobody watches a progress bar, so training says a line per epoch
@@ -131,19 +131,21 @@ def _own_data(
     files = [str(path.resolve()) for path in crystal_files(folder)]
     crystals = load_crystals(files)
     loaded = load_profile(profile, notebooks)
-    first, mapping = leading(files), {}
+    first, mapping, lacking = leading(files), {}, []
     name = given.get("start_model", loaded.start_model)
     if name:
         start = load_start_model(cast(StartModelName, name))
         # elements without a donor, and sets too small to split, are said here
         CaseStudy(start, crystals)
         mapping = borrowed_elements(start, load_dataset(first))
+        lacking = [path for path, crystal in zip(files, crystals, strict=True) if borrowed_elements(start, crystal)]
     log.info("%s: %d crystals, notebooks about one use %s", folder, len(files), Path(first).name)
     values: dict[str, Parameter] = {
         "dataset": first,
         "others": ",".join(name for name in files if name != first),
         "crystals": str(folder.resolve()),
         "element_map": ", ".join(f"{new}={donor}" for new, donor in mapping.items()),
+        "borrow_dataset": lacking[0] if lacking else "",
     }
     known = {key for step in loaded.steps for key in step.parameters}
     return {key: value for key, value in values.items() if key in known}

@@ -45,7 +45,7 @@ COLUMNS: Final[tuple[str, ...]] = tuple(SCHEMA.names)
 CELL: Final = ("study", "dataset", "start_model", "recipe", "seed", "split", "n_train")
 """What identifies an evaluation within the record: one run fills it, and a later one takes its place."""
 
-RECIPES: Final = ("scratch", "start", "start, offset refitted", "thesis", "short")
+RECIPES: Final = ("scratch", "start", "start, offset refitted", "thesis", "short", "quick")
 """The order of recipes in tables; others follow by name."""
 
 _TABLE: Final = {

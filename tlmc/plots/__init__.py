@@ -49,7 +49,7 @@ from tlmc.plots.networks import (
     representation_map,
     spread_by_kind,
 )
-from tlmc.plots.overview import sets_overview
+from tlmc.plots.overview import sets_coverage, sets_overview
 from tlmc.plots.sampling import (
     active_learning,
     committee_scan,
@@ -114,6 +114,7 @@ __all__ = [
     "representation_map",
     "residual_histogram",
     "save_figure",
+    "sets_coverage",
     "sets_overview",
     "shared_models",
     "setting_ratios",

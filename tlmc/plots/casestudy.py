@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from tlmc.errors import DataError
 from tlmc.evaluation.ranking import LABELS
@@ -75,6 +76,8 @@ def parity_gallery(crystals: Mapping[str, tuple[Dataset, Predictions, Prediction
             for ax in pair:
                 ax.lines[0].set_data([lower, upper], [lower, upper])
                 ax.set(xlim=(lower, upper), ylim=(lower, upper), xlabel="", ylabel="")
+                for axis in (ax.xaxis, ax.yaxis):
+                    axis.set_major_locator(MaxNLocator(nbins=3, steps=[1, 2, 5, 10]))
         row[0].set_ylabel(name, fontweight="bold")
     for ax, title in zip(axes[0], ("|F| before", "|F| after", "E/N before", "E/N after"), strict=True):
         ax.set_title(title)
@@ -85,7 +88,7 @@ def parity_gallery(crystals: Mapping[str, tuple[Dataset, Predictions, Prediction
 
 
 @styled
-def ranking(energies: pd.DataFrame, ax: Axes | None = None, *, order: Sequence[str] | None = None) -> Axes:
+def ranking(energies: pd.DataFrame, ax: Axes | None = None, *, among: Sequence[str] | None = None) -> Axes:
     """Draw packings as levels, a column per model; lines join a packing's levels, and cross where the order changes.
 
     Parameters
@@ -94,8 +97,8 @@ def ranking(energies: pd.DataFrame, ax: Axes | None = None, *, order: Sequence[s
         As :func:`tlmc.evaluation.packing_energies` returns; each column's mean is taken away.
     ax
         Where to draw.
-    order
-        Columns from left to right; by default start, labels, the others.
+    among
+        All packings that have a colour, of which the table may lack some, so that two panels agree.
 
     Raises
     ------
@@ -103,12 +106,13 @@ def ranking(energies: pd.DataFrame, ax: Axes | None = None, *, order: Sequence[s
         If the table is empty or lacks a column.
     """
     models = [column for column in energies.columns if column not in ("n_frames", LABELS)]
-    columns = list(order) if order is not None else [*models[:1], LABELS, *models[1:]]
+    columns = [*models[:1], LABELS, *models[1:]]
     require_columns(energies, "a ranking needs", [*columns, LABELS])
     ax = axes_or_new(ax, aspect=0.85)
-    few = len(energies) <= len(PALETTE)
-    shades = colours(len(energies))
-    for shade, (packing, row) in zip(shades, (energies[columns] - energies[columns].mean()).iterrows(), strict=True):
+    named = list(energies.index) if among is None else list(among)
+    shades = dict(zip(named, colours(len(named)), strict=True))
+    for packing, row in (energies[columns] - energies[columns].mean()).iterrows():
+        shade = shades.get(packing, "0.6")
         levels = 1000 * row.to_numpy(dtype=np.float64)
         for k, level in enumerate(levels):
             ax.plot([k - 0.25, k + 0.25], [level, level], color=shade, linewidth=1.6, label=packing if k == 0 else None)
@@ -116,7 +120,7 @@ def ranking(energies: pd.DataFrame, ax: Axes | None = None, *, order: Sequence[s
             ax.plot([k + 0.25, k + 0.75], levels[k : k + 2], color=shade, linewidth=0.6)
     ax.set_xticks(range(len(columns)), columns)
     ax.set(ylabel="energy less the mean (meV/molecule)")
-    if few:
+    if len(named) <= len(PALETTE):
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return finish(ax)
 

@@ -168,7 +168,10 @@ def error_against_time(
     *,
     quantity: Literal["force_rmse_vector", "energy_rmse_per_atom"] = "force_rmse_vector",
 ) -> Axes:
-    """Draw how the validation error falls with processor time, on log axes, a line per seed, a colour per setting.
+    """Draw how the validation error falls with processor time, on log axes, a colour per setting.
+
+    A line joins the geometric means over the seeds, epoch by epoch; a point is the end of one run, which is its result:
+    a schedule that ends at rate zero has nothing more to come.
 
     Parameters
     ----------
@@ -185,17 +188,16 @@ def error_against_time(
         If the table is empty or lacks columns.
     """
     column = f"validation_{quantity}"
-    require_columns(table, "error against time needs", ["setting", "seed", "cpu_seconds", column])
+    require_columns(table, "error against time needs", ["setting", "seed", "epoch", "cpu_seconds", column])
     factor = 1000.0 if quantity == "energy_rmse_per_atom" else 1.0
     ax = axes_or_new(ax)
     names = list(dict.fromkeys(table["setting"]))
     for colour, name in zip(colours(len(names)), names, strict=True):
-        for i, (_, run) in enumerate(table[table["setting"] == name].groupby("seed")):
-            values = factor * run[column]
-            label = name if i == 0 else None
-            ax.plot(run["cpu_seconds"], values, color=colour, alpha=0.5, lw=0.8)
-            # the end of a run is its result: a schedule that ends at rate zero has nothing more to come
-            ax.plot(run["cpu_seconds"].iloc[-1:], values.iloc[-1:], "o", color=colour, markersize=3.5, label=label)
+        runs = table[table["setting"] == name]
+        means = np.exp(np.log(runs[["epoch", "cpu_seconds", column]].set_index("epoch")).groupby("epoch").mean())
+        ax.plot(means["cpu_seconds"], factor * means[column], color=colour, alpha=0.6, lw=0.8)
+        ends = runs.groupby("seed").last()
+        ax.plot(ends["cpu_seconds"], factor * ends[column], "o", color=colour, markersize=3.5, label=name)
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -216,7 +218,7 @@ def error_against_time_panels(tables: Mapping[str, pd.DataFrame]) -> Figure:
     Parameters
     ----------
     tables
-        By the name of the data set, each as :func:`tlmc.experiments.convergence` returns it.
+        By the name of the data set, each as :func:`tlmc.experiments.convergence` returns it, with the same settings.
 
     Raises
     ------
@@ -225,13 +227,13 @@ def error_against_time_panels(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """
     if not tables:
         raise DataError("error against time needs at least one table, got none")
-    figure, axes = subplots(2, len(tables), width=COLUMN * min(len(tables), 2))
-    for column, (name, table) in enumerate(tables.items()):
-        for row, quantity in enumerate(("force_rmse_vector", "energy_rmse_per_atom")):
-            ax = error_against_time(table, axes[row, column], quantity=cast(Any, quantity))
-            if row == 0:
-                ax.set(title=name, xlabel="")
-            legend = ax.get_legend()
-            if (row, column) != (0, 0) and legend is not None:
-                legend.remove()
+    figure, axes = subplots(2, len(tables), width=0.8 * COLUMN * len(tables), aspect=0.9)
+    for column, (name, table) in zip(axes.T, tables.items(), strict=True):
+        for ax, quantity in zip(column, ("force_rmse_vector", "energy_rmse_per_atom"), strict=True):
+            error_against_time(table, ax, quantity=cast(Any, quantity)).get_legend().remove()  # type: ignore[union-attr]
+            if ax not in axes[:, 0]:
+                ax.set(ylabel="")
+        column[0].set(title=name, xlabel="")
+    # one legend, where it hides no curve
+    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

@@ -89,7 +89,8 @@ class Structure(NamedTuple):
         return result.view(self.G.shape)
 
     def _rows(self) -> Tensor:
-        return torch.repeat_interleave(self.starts.diff())
+        # a GPU that knows the size need not report it to the host first
+        return torch.repeat_interleave(self.starts.diff(), output_size=len(self.atoms))
 
 
 class DescriptorCache(Sequence[Structure]):

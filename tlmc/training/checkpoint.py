@@ -30,7 +30,7 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapp
     """Write tensors and JSON metadata to one safetensors file, atomically."""
     with atomic_path(path) as temporary:
         save_file(
-            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             temporary,
             metadata={"tlmc": json.dumps(metadata, allow_nan=False)},
         )

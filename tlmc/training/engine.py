@@ -27,16 +27,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tlmc.potentials.model import Layer, Potential
 from tlmc.potentials.network import CELU_ALPHA
 from tlmc.training.cache import DescriptorCache, Structure
+from tlmc.training.devices import DeviceCache
 from tlmc.training.kernels import CompiledSweeps, kernels
 from tlmc.training.loss import LossAndSlopes
 from tlmc.training.optimizer import Update, apply
@@ -48,14 +49,16 @@ class Batch(NamedTuple):
     structures: tuple[Structure, ...]
     sizes: list[int]
     """Atoms per structure."""
+    n_atoms: Tensor
+    """The same with the type of `X`, shape ``(n_structures,)``."""
     X: Tensor
     """Per element, G of its atoms and below it room for v; shape ``(2 n_atoms, n_columns)``."""
     slices: tuple[tuple[int, slice], ...]
     """Network index and the merged atoms it serves; their rows of `X` begin at twice the first one."""
-    separate: NDArray[np.int64]
-    """Merged place of every atom, structures following one another."""
-    v_rows: NDArray[np.int64]
-    """Row of `X` for v of every atom, structures following one another."""
+    separate: Tensor
+    """Merged place of every atom, structures following one another, int64."""
+    v_rows: Tensor
+    """Row of `X` for v of every atom, structures following one another, int64."""
     structure: Tensor
     """Structure of every atom, structures following one another, int64."""
 
@@ -70,7 +73,10 @@ class EnergiesForces(NamedTuple):
 
 
 def merge(structures: Sequence[Structure]) -> Batch:
-    """Merge structures into one batch."""
+    """Merge structures into one batch, on the device where they are.
+
+    All that goes to a GPU for a batch is one copy of index arrays, and nothing comes back.
+    """
     sizes = [len(s.species) for s in structures]
     species = np.concatenate([s.species.numpy() for s in structures])
     order = np.argsort(species, kind="stable")
@@ -80,18 +86,43 @@ def merge(structures: Sequence[Structure]) -> Batch:
     element = np.searchsorted(present, species)
     G_rows = separate + first[element]
     G = torch.cat([s.G for s in structures])
-    X = G.new_empty(2 * len(G), G.shape[1])
-    X[torch.from_numpy(G_rows)] = G
+    host = torch.from_numpy(
+        np.concatenate([separate, G_rows, G_rows + count[element], np.repeat(np.arange(len(sizes)), sizes), sizes])
+    )
+    if G.is_cuda:
+        host = host.pin_memory()  # the copy is not waited for
+    n = len(order)
+    merged, rows, v_rows, structure, n_atoms = host.to(G.device, non_blocking=True).split([n, n, n, n, len(sizes)])
+    X = G.new_empty(2 * n, G.shape[1])
+    X[rows] = G
     return Batch(
         structures=tuple(structures),
         sizes=sizes,
+        n_atoms=n_atoms.to(G.dtype),
         X=X,
         slices=tuple(
             (k, slice(f, f + n)) for k, f, n in zip(present.tolist(), first.tolist(), count.tolist(), strict=True)
         ),
-        separate=separate,
-        v_rows=G_rows + count[element],
-        structure=torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)),
+        separate=merged,
+        v_rows=v_rows,
+        structure=structure,
+    )
+
+
+def _as_one(structures: Sequence[Structure]) -> Structure:
+    """Return structures as a single one, species ascending within each: one Jacobian product for all of them."""
+    if len(structures) == 1:
+        return structures[0]
+    atoms = accumulate((len(s.species) for s in structures), initial=0)
+    blocks = list(accumulate((len(s.atoms) for s in structures), initial=0))
+    starts = [s.starts[:-1] + block for s, block in zip(structures, blocks, strict=False)]
+    return Structure(
+        species=torch.cat([s.species for s in structures]),
+        order=torch.cat([s.order for s in structures]),
+        G=torch.cat([s.G for s in structures]),
+        values=torch.cat([s.values for s in structures]),
+        atoms=torch.cat([s.atoms + atom for s, atom in zip(structures, atoms, strict=False)]),
+        starts=torch.cat([*starts, structures[-1].starts[-1:] + blocks[-2]]),
     )
 
 
@@ -117,6 +148,7 @@ class TorchSweeps:
     ) -> None:
         self._layers, self._slots, self._trainable, self._factor = layers, slots, trainable, factor
         self._kept: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        self._whole: Structure | None = None
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return energies ``(members, n_atoms)`` per unit of factor, and g ``(n_atoms, n_columns)``, merged order."""
@@ -134,18 +166,18 @@ class TorchSweeps:
                 q = torch.bmm(d[-1], weight.transpose(1, 2))
             g.append(q.sum(0))
             self._kept[k] = (activations, d[::-1])
+        self._whole = _as_one(batch.structures)
         return torch.cat(energies, 1), torch.cat(g)
 
     def forces(self, batch: Batch, g: Tensor) -> Tensor:
         """Return ``-J^T g``, structures following one another."""
-        parts = torch.split(g[torch.from_numpy(batch.separate)], batch.sizes)
-        return torch.cat([s.forces(part) for s, part in zip(batch.structures, parts, strict=True)])
+        assert self._whole is not None
+        return self._whole.forces(g[batch.separate])
 
     def along(self, batch: Batch, r: Tensor) -> None:
         """Write ``v = -J r`` into the batch."""
-        parts = torch.split(r, batch.sizes)
-        v = torch.cat([s.along(part) for s, part in zip(batch.structures, parts, strict=True)])
-        batch.X[torch.from_numpy(batch.v_rows)] = v.neg_()
+        assert self._whole is not None
+        batch.X[batch.v_rows] = self._whole.along(r).neg_()
 
     def reverse(self, batch: Batch, c: Tensor, update: Update | None) -> None:
         """Fill the slots from `c` per merged atom and update the weights; `forward` and `along` came before."""
@@ -194,21 +226,21 @@ class Engine:
     model
         Model to start from; it is not changed.
     cache
-        Descriptors of the frames; its columns and precision are used.
+        Descriptors of the frames; its columns, precision and device are used.
     trainable
         For each affine layer from first to last, whether it trains.
     """
 
-    def __init__(self, model: Potential, cache: DescriptorCache, trainable: Sequence[bool]) -> None:
+    def __init__(self, model: Potential, cache: DescriptorCache | DeviceCache, trainable: Sequence[bool]) -> None:
         self.model = model
         self.columns = cache.columns
         self.trainable = tuple(trainable)
-        dtype = cache[0].G.dtype
+        like = cache[0].G
         self._present = cache.present
         self.factor = model.scale / model.members
         """Energy in eV per unit of a member's output."""
         laid_out = {
-            k: [self._lay_out(number, layer, dtype) for number, layer in enumerate(model.networks[model.symbols[k]])]
+            k: [self._lay_out(number, layer, like) for number, layer in enumerate(model.networks[model.symbols[k]])]
             for k in self._present
         }
         for k, layers in laid_out.items():
@@ -230,7 +262,7 @@ class Engine:
         self.layers = self._views(self.flat, laid_out)
         """Per element, its layers; those that train are views of `flat`."""
         self._slots = self._views(self.gradient, laid_out)
-        compiled = kernels(dtype)
+        compiled = kernels(like.dtype) if like.device.type == "cpu" else None
         self._sweeps = (
             TorchSweeps(self.layers, self._slots, self.trainable, self.factor)
             if compiled is None
@@ -240,7 +272,7 @@ class Engine:
     def energies_forces(self, batch: Batch) -> EnergiesForces:
         """Return network energies and forces of a batch."""
         atomic, g = self._sweeps.forward(batch)
-        per_atom = (atomic.double().sum(0) * self.factor)[torch.from_numpy(batch.separate)]
+        per_atom = (atomic.double().sum(0) * self.factor)[batch.separate]
         energies = per_atom.new_zeros(len(batch.structures)).index_add_(0, batch.structure, per_atom)
         return EnergiesForces(energies, self._sweeps.forces(batch, g))
 
@@ -271,11 +303,11 @@ class Engine:
         """
         predicted = self.energies_forces(batch)
         force_error = predicted.forces.sub_(forces)
-        n_atoms = torch.tensor(batch.sizes, dtype=force_error.dtype)
-        result = loss((predicted.energies - energies).to(force_error.dtype), force_error, n_atoms, batch.structure)
+        energy_error = (predicted.energies - energies).to(force_error.dtype)
+        result = loss(energy_error, force_error, batch.n_atoms, batch.structure)
         self._sweeps.along(batch, result.force_slope)
         c = torch.empty_like(result.force_slope[:, 0])
-        c[torch.from_numpy(batch.separate)] = result.energy_slope[batch.structure]
+        c[batch.separate] = result.energy_slope[batch.structure]
         for k in set(self._present) - {k for k, _ in batch.slices}:
             for slot, on in zip(self._slots[k], self.trainable, strict=True):
                 if on:
@@ -306,16 +338,17 @@ class Engine:
             networks[symbol] = tuple(layers)
         return replace(self.model, networks=networks)
 
-    def _lay_out(self, number: int, layer: Layer, dtype: torch.dtype) -> Layer:
-        """Bring a layer into the engine's precision, the first one without its inactive columns."""
-        weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
+    def _lay_out(self, number: int, layer: Layer, like: Tensor) -> Layer:
+        """Bring a layer to the engine's precision and device, the first one without its inactive columns."""
+        weight, bias = layer
         if number == 0:
             weight = weight[:, self.columns]
+        weight, bias = weight.to(like), bias.to(like)
         return Layer(weight.contiguous(), bias.contiguous())
 
     def _restore(self, number: int, trained: Layer, original: Layer, inactive: float) -> Layer:
         """Undo :meth:`_lay_out` into copies with the original precision."""
-        weight, bias = trained.weight.to(original.weight.dtype), trained.bias.to(original.bias.dtype)
+        weight, bias = trained.weight.to(original.weight), trained.bias.to(original.bias)
         if number == 0:
             full = original.weight * inactive
             full[:, self.columns] = weight

@@ -33,7 +33,10 @@ from tlmc.reference import fit_reference
 from tlmc.splits import Split
 from tlmc.training.cache import DescriptorCache, build_cache
 from tlmc.training.checkpoint import load_model, load_tensors, save_model, save_tensors
+from tlmc.training.devices import DeviceCache, find_device
+from tlmc.training.distributed import Group
 from tlmc.training.engine import Batch, Engine, merge
+from tlmc.training.kernels import kernels
 from tlmc.training.loss import LossAndSlopes, LossKind, batch_loss
 from tlmc.training.low_rank import LowRank
 from tlmc.training.optimizer import Update, apply
@@ -77,6 +80,9 @@ class FinetuneConfig(BaseModel):
     """Penalty per squared change of an output weight with ``warm_start="ridge"``, eV^2."""
     epochs: int = Field(100, ge=1)
     batch_size: int = Field(2, ge=1)
+    batch_atoms: int | None = Field(None, ge=1)
+    """If given, decides instead of `batch_size`: in the order drawn, a batch takes structures until the next one would
+    bring it above so many atoms (and one that is larger alone). The loss stays a mean over structures."""
     lambda_: float = Field(0.9, ge=0.0, le=1.0)
     """Weight of the forces in the loss."""
     loss: LossKind = "mse"
@@ -123,6 +129,10 @@ class FinetuneConfig(BaseModel):
 RECIPES: dict[str, dict[str, Any]] = {
     "thesis": {},
     "short": {"epochs": 60, "lambda_": 0.1, "lr": 3e-4, "weight_decay": 0.01, "schedule": "cosine"},
+    "quick": {
+        "epochs": 30, "batch_size": 4, "lambda_": 0.1, "lr": 6e-4, "weight_decay": 0.01, "schedule": "cosine",
+        "warmup_epochs": 1.0,
+    },
     "scratch": {"init": "scratch"},
     "frozen": {"layers": "hidden"},
     "rich": {
@@ -161,7 +171,8 @@ class FinetuneResult:
     """Final weights with the reference energies fitted on the training part."""
     history: pd.DataFrame
     """A row per epoch: epoch, lr, train_loss and validation_loss (eV^2), energy RMSE per atom (eV/atom) and vector
-    force RMSE (eV/A) of training (running, while weights change) and validation, validation_score, seconds."""
+    force RMSE (eV/A) of training (running, while weights change) and validation, validation_score, and the
+    seconds and cpu_seconds that the epoch took."""
     best_epoch: int
     """Epoch with the lowest validation score."""
     config: FinetuneConfig
@@ -199,6 +210,8 @@ def finetune(
     tensorboard: bool = False,
     checkpoint_seconds: float = 10.0,
     threads: int | None = None,
+    device: str = "cpu",
+    group: Group | None = None,
 ) -> FinetuneResult:
     """Fine-tune a start model on the training part of a data set.
 
@@ -224,6 +237,13 @@ def finetune(
     threads
         Threads to train with. By default all of torch's for an ensemble, and one for a single network, whose steps are
         so short that a second thread gains a fifth on a quiet machine and costs a factor on a busy one.
+    device
+        ``cpu``, ``cuda`` or ``cuda:N``. A GPU keeps the descriptors as far as they fit. It adds up in an order of its
+        own, so the weights are those of the processor to rounding. A run may go on on another device.
+    group
+        The processes that train together (:func:`tlmc.training.distributed.processes`); this one alone by default. All
+        of them call this function with the same arguments; the group brings its own device. Only the first writes to
+        `run_dir`.
 
     Raises
     ------
@@ -232,9 +252,11 @@ def finetune(
     DataError
         If the split does not belong to the data set.
     ConfigError
-        If `run_dir` holds a run with other settings or data, or TensorBoard is asked for but missing.
+        If `run_dir` holds a run with other settings or data, TensorBoard is asked for but missing, there is no such
+        device, or the processes of a group differ in what they were given.
     """
     config = config or FinetuneConfig()
+    group = group or Group(device=find_device(device))
     _check_split(dataset, split)
     for frame in dataset.frames:
         model.species(frame)  # an element without a network is an error before anything is written
@@ -242,11 +264,15 @@ def finetune(
         raise ConfigError("tensorboard needs a run_dir to write to")
     description = _describe(model, dataset, split, config)
     run_id = _hash(description)
+    group.check_same(run_id, "settings, data or start weights")
     folder = None if run_dir is None else Path(run_dir)
     if folder is not None:
-        _claim(folder, description, split)
-        if (folder / "model.safetensors").exists():
+        if group.is_first:
+            _claim(folder, description, split)
+        if group.from_first((folder / "model.safetensors").exists()):
             return _finished(folder, config, run_id)
+    if not group.is_first:
+        folder, progress = None, False
 
     threads = threads or (1 if model.members == 1 else torch.get_num_threads())
     begin = scratch(model, config.seed) if config.init == "scratch" else model
@@ -255,18 +281,23 @@ def finetune(
         begin = enrich(begin, fit_enrichment(train, species=dataset.elements, **config.richer.model_dump()))
     dtype = cast(torch.dtype, getattr(torch, config.precision))
     replayed = isolated_molecules(dataset.elements, "replayed") if config.replay else []
-    with _bar(progress, len(dataset), "descriptors") as bar:
+    with group.first_alone(), _bar(progress, len(dataset), "descriptors") as bar:
         cache = build_cache(begin, (*dataset.frames, *replayed), dtype, report=bar.update)
+        if group.device.type == "cpu":
+            kernels(dtype)  # compiled now, by one process
+    group.check_same(cache.folder.name, "descriptors")
     n_layers = len(next(iter(begin.networks.values())))
-    trainer = _Trainer(begin, dataset, split, config, cache, trainable_layers(config.layers, n_layers))
-    resumed_from = 0
-    if folder is None or not (folder / "state.safetensors").exists():
+    trainer = _Trainer(begin, dataset, split, config, cache, trainable_layers(config.layers, n_layers), group)
+    if not group.is_first:
+        state = trainer.blank()
+    elif folder is None or not (folder / "state.safetensors").exists():
         with _threads(threads):
             state = trainer.start()
     else:
         state = _load_state(folder / "state.safetensors", run_id)
-        resumed_from = state.epoch
         _LOG.info("resuming %s at epoch %d of %d", folder, state.epoch, config.epochs)
+    vars(state).update(group.from_first(_scalars(state)))
+    resumed_from = state.epoch
     trainer.restore(state)
 
     saved = time.monotonic()
@@ -283,7 +314,7 @@ def finetune(
                 F=f"{row['validation_force_rmse_vector']:.3f}",
                 E_meV=f"{1e3 * row['validation_energy_rmse_per_atom']:.2f}",
             )
-            if bar.disable:
+            if bar.disable and group.is_first:
                 _LOG.info(
                     "%s epoch %d/%d: lr %.1e, loss %.2e train, %.2e validation; validation F %.4f eV/A, E %.2f meV",
                     config.recipe, state.epoch, config.epochs, row["lr"], row["train_loss"], row["validation_loss"],
@@ -316,23 +347,26 @@ class _Trainer:
         config: FinetuneConfig,
         cache: DescriptorCache,
         trainable: Sequence[bool],
+        group: Group,
     ) -> None:
-        self.config, self.split = config, split
-        self.cache = cache
-        self.engine = Engine(model, cache, trainable)
+        self.config, self.split, self.group = config, split, group
+        self.cache = cache if group.device.type == "cpu" else DeviceCache(cache, group.device)
+        self.engine = Engine(model, self.cache, trainable)
+        self.sizes = [len(frame) for frame in dataset.frames]
         self.forces = [
-            torch.from_numpy(forces)[structure.order].to(self.engine.flat.dtype)
+            torch.from_numpy(forces)[structure.order].to(self.engine.flat)
             for forces, structure in zip(dataset.forces, cache, strict=False)  # molecules for replay come after them
         ]
         train_frames = [dataset.frames[i] for i in split.train]
         predicted = self._network_energies(split.train) + model.with_reference(None).atomic_reference(train_frames)
         reference = fit_reference(train_frames, dataset.energies[split.train], predicted.numpy())
         self.engine.model = model.with_reference(reference)
-        self.energies = torch.from_numpy(dataset.energies) - self.engine.model.atomic_reference(dataset.frames)
+        energies = torch.from_numpy(dataset.energies) - self.engine.model.atomic_reference(dataset.frames)
+        self.energies = energies.to(group.device)
         self.loss = partial(batch_loss, lambda_=config.lambda_, kind=config.loss, delta=config.huber_delta)
-        self.steps_per_epoch = math.ceil(len(split.train) / config.batch_size)
+        self.steps = self._count_steps()
         self.low_rank = LowRank(self.engine, config.rank, config.seed) if config.rank else None
-        replayed = [cache[i] for i in range(len(dataset), len(cache))]
+        replayed = [self.cache[i] for i in range(len(dataset), len(cache))]
         self.replay = (
             Replay(self.engine, replayed, config.replay, config.batch_size, self.loss, config.seed)
             if replayed else None
@@ -341,12 +375,16 @@ class _Trainer:
 
     def start(self) -> _State:
         """Return the state before the first step, after the warm start if there is one."""
-        flat = self.engine.flat
         if self.config.warm_start == "ridge":
             ridge_start(
                 self.engine, self.cache, self.split.train, self.energies, self.forces,
                 self.config.lambda_, self.config.ridge,
             )  # fmt: skip
+        return self.blank()
+
+    def blank(self) -> _State:
+        """Return the state before the first step, without a warm start."""
+        flat = self.engine.flat
         learned = flat if self.low_rank is None else self.low_rank.flat
         tensors = {
             "flat": flat,
@@ -366,6 +404,7 @@ class _Trainer:
     def restore(self, state: _State) -> None:
         """Continue from a state: its weights become the engine's own."""
         self.engine.flat.copy_(state.tensors["flat"])
+        state.tensors = {name: tensor.to(self.group.device) for name, tensor in state.tensors.items()}
         state.tensors["flat"] = self.engine.flat
         if self.low_rank is not None:
             self.low_rank.flat.copy_(state.tensors["factors"])
@@ -373,34 +412,33 @@ class _Trainer:
 
     def epoch(self, state: _State) -> dict[str, float]:
         """Train one epoch, validate, and bring the state up to date; return the new row of the learning curve."""
-        began, config = time.perf_counter(), self.config
-        # seeded by the epoch, so that a resumed run meets the same batches without stored generator states
-        order = np.random.default_rng([config.seed, state.epoch]).permutation(self.split.train)
+        began, began_cpu, config = time.perf_counter(), time.process_time(), self.config
+        # at the start all that a checkpoint held, later what unequal machines differ by; sorted, since a file has an
+        # order of its own
+        for name in sorted(state.tensors):
+            self.group.follow_(state.tensors[name])
         train = _Errors()
-        for first in range(0, len(order), config.batch_size):
+        for indices in self._batches(state.epoch):
             rate = self._rate(state)
-            batch, energies, forces = self._batch(order[first : first + config.batch_size])
             learned = self.engine if self.low_rank is None else self.low_rank
             update = Update(
                 learned.flat, state.tensors["exp_avg"], state.tensors["exp_avg_sq"], learned.gradient,
                 rate, config.weight_decay, state.step + 1,
             )  # fmt: skip
-            watch = partial(self._finite, train.watch(self.loss), state)
-            if config.clip_norm is None and self.low_rank is None and self.replay is None:
-                self.engine.loss_gradient(batch, energies, forces, watch, update)
-            else:
-                self.engine.loss_gradient(batch, energies, forces, watch)
-                self._finish_step(update)
+            self._step(indices, train, update)
             state.step += 1
             if self.trains_first:
                 state.inactive["flat"] *= 1.0 - rate * config.weight_decay
             if config.ema_decay is not None:
                 state.tensors["ema"].lerp_(self.engine.flat, 1.0 - config.ema_decay)
                 state.inactive["ema"] += (1.0 - config.ema_decay) * (state.inactive["flat"] - state.inactive["ema"])
+        train.collect(self.group)
+        self._check_finite(train, state)
         validation = self._validate(state)
         row = {"epoch": float(state.epoch + 1), "lr": rate} | train.summary("train") | validation.summary("validation")
         score = math.sqrt(row["validation_force_rmse_vector"] * row["validation_energy_rmse_per_atom"])
         row |= {"validation_score": score, "seconds": time.perf_counter() - began}
+        row |= {"cpu_seconds": time.process_time() - began_cpu}
         if score < state.best_score:
             source = "flat" if config.ema_decay is None else "ema"
             state.best_score, state.best_epoch = score, state.epoch + 1
@@ -412,12 +450,27 @@ class _Trainer:
         state.history.append(row)
         return row
 
+    def _step(self, indices: NDArray[np.int64], errors: _Errors, update: Update) -> None:
+        """Take one step on a batch, of which this process takes its share."""
+        own = self.group.share(indices)
+        further = self.config.clip_norm, self.low_rank, self.replay
+        at_once = update if self.group.size == 1 and further == (None, None, None) else None
+        if len(own) > 0:
+            batch, energies, forces = self._batch(own)
+            self.engine.loss_gradient(batch, energies, forces, errors.watch(self.loss, len(indices)), at_once)
+        else:
+            self.engine.gradient.zero_()
+            errors.skip(self.engine.gradient, len(indices))
+        if at_once is None:
+            self._finish_step(update)
+
     def _finish_step(self, update: Update) -> None:
         """Take a step with the gradient that the engine holds, and whatever else the settings ask for."""
         if self.replay is not None:
-            self.replay.add_gradient(update.step)
+            self.replay.add_gradient(update.step, self.group)
         if self.low_rank is not None:
             self.low_rank.pull_back()
+        self.group.sum_(update.slope)
         if self.config.clip_norm is not None:
             norm = torch.linalg.vector_norm(update.slope)
             update.slope.mul_((self.config.clip_norm / norm).clamp(max=1.0))
@@ -425,15 +478,29 @@ class _Trainer:
         if self.low_rank is not None:
             self.low_rank.push()
 
-    def _finite(self, loss: partial[LossAndSlopes], state: _State, *errors: Tensor) -> LossAndSlopes:
-        """Return the loss, or stop before a useless gradient spoils the weights."""
-        result = loss(*errors)
-        if not math.isfinite(result.loss.item()):
-            raise ModelError(
-                f"the loss became {result.loss.item()} in epoch {state.epoch + 1}, step {state.step + 1}: "
-                f"lower lr ({self.config.lr}) or set clip_norm"
-            )
-        return result
+    def _check_finite(self, errors: _Errors, state: _State) -> None:
+        """Stop if the loss of a step was not a number; after an epoch, since a GPU would have to wait at every step."""
+        for step, loss in enumerate(errors.losses, start=state.step - len(errors.losses) + 1):
+            if not math.isfinite(loss):
+                raise ModelError(
+                    f"the loss became {loss} in epoch {state.epoch + 1}, step {step}: "
+                    f"lower lr ({self.config.lr}) or set clip_norm"
+                )
+
+    def _batches(self, epoch: int) -> Iterator[NDArray[np.int64]]:
+        """Return the batches of an epoch."""
+        # seeded by the epoch, so that a resumed run meets the same batches without stored generator states
+        order = np.random.default_rng([self.config.seed, epoch]).permutation(self.split.train)
+        if self.config.batch_atoms is None:
+            return _chunks(order, self.config.batch_size)
+        return _filled(order, self.sizes, self.config.batch_atoms)
+
+    def _count_steps(self) -> int:
+        """Return the number of steps of the whole training."""
+        epochs = self.config.epochs
+        if self.config.batch_atoms is None:
+            return epochs * math.ceil(len(self.split.train) / self.config.batch_size)
+        return sum(1 for epoch in range(epochs) for _ in self._batches(epoch))
 
     def potential(self, state: _State, which: str) -> Potential:
         """Return the model with the current, averaged or best weights."""
@@ -441,8 +508,8 @@ class _Trainer:
 
     def _rate(self, state: _State) -> float:
         """Return the learning rate of the next step."""
-        config, total = self.config, self.config.epochs * self.steps_per_epoch
-        warmup = config.warmup_epochs * self.steps_per_epoch
+        config, total = self.config, self.steps
+        warmup = config.warmup_epochs * (total / config.epochs)
         rate = config.lr * min(1.0, (state.step + 1) / warmup) if warmup else config.lr
         if config.schedule == "cosine":
             return rate * 0.5 * (1.0 + math.cos(math.pi * state.step / total))
@@ -470,60 +537,84 @@ class _Trainer:
 
     def _errors(self, indices: NDArray[np.int64]) -> _Errors:
         errors = _Errors()
-        for part in _chunks(indices, 8):
-            batch, energies, forces = self._batch(part)
+        for part in self._portions(indices):
+            own = self.group.share(part)
+            if len(own) == 0:
+                errors.skip(self.engine.flat, len(part))
+                continue
+            batch, energies, forces = self._batch(own)
             predicted = self.engine.energies_forces(batch)
-            n_atoms = torch.tensor(batch.sizes, dtype=forces.dtype)
             error = (predicted.energies - energies).to(forces.dtype)
-            errors.watch(self.loss)(error, predicted.forces - forces, n_atoms, batch.structure)
+            errors.watch(self.loss, len(part))(error, predicted.forces - forces, batch.n_atoms, batch.structure)
+        errors.collect(self.group)
         return errors
 
+    def _portions(self, indices: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        """Return structures in portions for which there is memory."""
+        if self.config.batch_atoms is None:
+            return _chunks(indices, 8 * self.group.size)
+        return _filled(indices, self.sizes, self.config.batch_atoms)
+
     def _network_energies(self, indices: NDArray[np.int64]) -> Tensor:
-        batches = (merge([self.cache[i] for i in part]) for part in _chunks(indices, 8))
-        return torch.cat([self.engine.energies_forces(batch).energies for batch in batches])
+        batches = (merge([self.cache[i] for i in part]) for part in self._portions(indices))
+        return torch.cat([self.engine.energies_forces(batch).energies for batch in batches]).cpu()
 
     def _batch(self, indices: NDArray[np.int64]) -> tuple[Batch, Tensor, Tensor]:
         """Return merged structures and their labels."""
         batch = merge([self.cache[i] for i in indices])
-        return batch, self.energies[torch.from_numpy(indices)], torch.cat([self.forces[i] for i in indices])
+        # picked one by one: an index array would have to be sent to a GPU
+        return batch, torch.stack([self.energies[i] for i in indices]), torch.cat([self.forces[i] for i in indices])
 
 
 class _Errors:
-    """Sums over batches from which the loss and the RMSEs of an epoch follow."""
+    """Loss and squared errors of the batches of an epoch; they stay on the device until :meth:`collect`."""
 
     def __init__(self) -> None:
-        self.structures = 0
-        self.atoms = 0.0
-        self.loss = 0.0
-        self.squared_energy = 0.0
-        self.squared_force = 0.0
+        self._rows: list[Tensor] = []
+        self._structures: list[int] = []
+        self._sums = [0.0] * 4
+        self.losses: list[float] = []
+        """Loss of every batch."""
 
-    def watch(self, loss: partial[LossAndSlopes]) -> partial[LossAndSlopes]:
-        """Return the loss function, made to add the errors it is called with."""
-        return partial(self._call, loss)
+    def watch(self, loss: partial[LossAndSlopes], n_structures: int) -> partial[LossAndSlopes]:
+        """Return the loss function of a share of a batch of so many structures, made to note what it sees."""
+        return partial(self._call, loss, n_structures)
+
+    def skip(self, like: Tensor, n_structures: int) -> None:
+        """Note a batch of which this process has no share."""
+        self._rows.append(like.new_zeros(4))
+        self._structures.append(n_structures)
 
     def _call(
         self,
         loss: partial[LossAndSlopes],
+        n_structures: int,
         energy_error: Tensor,
         force_error: Tensor,
         n_atoms: Tensor,
         structure: Tensor,
     ) -> LossAndSlopes:
-        result = loss(energy_error, force_error, n_atoms, structure)
-        self.structures += len(n_atoms)
-        self.atoms += n_atoms.sum().item()
-        self.loss += result.loss.item() * len(n_atoms)
-        self.squared_energy += (energy_error / n_atoms).square().sum().item()
-        self.squared_force += force_error.square().sum().item()
+        result = loss(energy_error, force_error, n_atoms, structure, n_structures=n_structures)
+        squared_energy = (energy_error / n_atoms).square().sum()
+        self._rows.append(torch.stack([result.loss, squared_energy, force_error.square().sum(), n_atoms.sum()]))
+        self._structures.append(n_structures)
         return result
+
+    def collect(self, group: Group) -> None:
+        """Add up what all processes noted."""
+        rows = group.sum_(torch.stack(self._rows).double()).tolist()
+        self.losses = [loss for loss, *_ in rows]
+        weighted = sum(loss * n for loss, n in zip(self.losses, self._structures, strict=True))
+        self._sums = [weighted, *(sum(column) for column in list(zip(*rows, strict=True))[1:])]
 
     def summary(self, part: str) -> dict[str, float]:
         """Return mean loss and RMSEs under the names of the learning curve."""
+        loss, squared_energy, squared_force, atoms = self._sums
+        structures = sum(self._structures)
         return {
-            f"{part}_loss": self.loss / self.structures,
-            f"{part}_energy_rmse_per_atom": math.sqrt(self.squared_energy / self.structures),
-            f"{part}_force_rmse_vector": math.sqrt(self.squared_force / self.atoms),
+            f"{part}_loss": loss / structures,
+            f"{part}_energy_rmse_per_atom": math.sqrt(squared_energy / structures),
+            f"{part}_force_rmse_vector": math.sqrt(squared_force / atoms),
         }
 
 
@@ -539,6 +630,17 @@ def _hash(description: dict[str, Any]) -> str:
 
 def _chunks(indices: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
     return (indices[first : first + size] for first in range(0, len(indices), size))
+
+
+def _filled(indices: NDArray[np.int64], sizes: Sequence[int], n_atoms: int) -> Iterator[NDArray[np.int64]]:
+    """Yield runs of indices, each as long as `n_atoms` allows and at least one."""
+    first, atoms = 0, 0
+    for place, index in enumerate(indices):
+        if place > first and atoms + sizes[index] > n_atoms:
+            yield indices[first:place]
+            first, atoms = place, 0
+        atoms += sizes[index]
+    yield indices[first:]
 
 
 def _is_stopped(state: _State, config: FinetuneConfig) -> bool:
@@ -576,7 +678,7 @@ def _describe(model: Potential, dataset: Dataset, split: Split, config: Finetune
 def _later_settings(config: FinetuneConfig) -> set[str]:
     """Return the settings that did not exist once and that change nothing here."""
     unused = {"warm_start", "ridge"} if config.warm_start == "none" else set()
-    later = ("richer", "rank", "replay")
+    later = ("batch_atoms", "richer", "rank", "replay")
     return unused | {name for name in later if getattr(config, name) == FinetuneConfig.model_fields[name].default}
 
 
@@ -625,10 +727,13 @@ def _finished(folder: Path, config: FinetuneConfig, run_id: str) -> FinetuneResu
 
 def _save_state(folder: Path, state: _State, run_id: str) -> None:
     """Write the checkpoint, then the learning curve."""
-    scalars = {key: value for key, value in vars(state).items() if key != "tensors"}
-    save_tensors(folder / "state.safetensors", state.tensors, {"run_id": run_id, "state": scalars})
+    save_tensors(folder / "state.safetensors", state.tensors, {"run_id": run_id, "state": _scalars(state)})
     with atomic_path(folder / "history.csv") as temporary:
         pd.DataFrame(state.history).to_csv(temporary, index=False)
+
+
+def _scalars(state: _State) -> dict[str, Any]:
+    return {key: value for key, value in vars(state).items() if key != "tensors"}
 
 
 def _load_state(path: Path, run_id: str) -> _State:

@@ -143,14 +143,14 @@ class CompiledSweeps:
     def forces(self, batch: Batch, g: Tensor) -> Tensor:
         """Return ``-J^T g``, structures following one another."""
         result = g.new_empty(len(g), 3)
-        self._c.jacobian_transposed(*self._products(batch), batch.separate.ctypes.data, g.data_ptr(), result.data_ptr(),
+        self._c.jacobian_transposed(*self._products(batch), batch.separate.data_ptr(), g.data_ptr(), result.data_ptr(),
                                     torch.get_num_threads())  # fmt: skip
         return result
 
     def along(self, batch: Batch, r: Tensor) -> None:
         """Write ``v = -J r`` into the batch."""
         r = r.contiguous()
-        self._c.jacobian(*self._products(batch), batch.v_rows.ctypes.data, r.data_ptr(), batch.X.data_ptr(),
+        self._c.jacobian(*self._products(batch), batch.v_rows.data_ptr(), r.data_ptr(), batch.X.data_ptr(),
                          torch.get_num_threads())  # fmt: skip
 
     def reverse(self, batch: Batch, c: Tensor, update: Update | None) -> None:

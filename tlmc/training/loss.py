@@ -28,6 +28,7 @@ def batch_loss(
     lambda_: float,
     kind: LossKind = "mse",
     delta: float = 1.0,
+    n_structures: int | None = None,
 ) -> LossAndSlopes:
     r"""Return ``L = lambda MSE(F) + (1 - lambda) MSE(E/N)``, averaged over the structures of a batch.
 
@@ -48,12 +49,15 @@ def batch_loss(
         Weight of the forces, from 0 to 1.
     kind, delta
         Squared or Huber errors; delta in eV/A and eV/atom.
+    n_structures
+        Structures of the whole batch if these are a share of one: shares then add up to loss and slopes of the whole.
     """
-    per_atom = 1.0 / (n_atoms * len(n_atoms))
+    count = n_structures or len(n_atoms)
+    per_atom = 1.0 / (n_atoms * count)
     force_value, force_slope = _penalty(force_error, kind, delta)
     energy_value, energy_slope = _penalty(energy_error / n_atoms, kind, delta)
     weight = lambda_ * per_atom[structure, None]
-    loss = (weight * force_value).sum() + (1.0 - lambda_) * energy_value.mean()
+    loss = (weight * force_value).sum() + (1.0 - lambda_) * energy_value.sum() / count
     return LossAndSlopes(loss, weight * force_slope, (1.0 - lambda_) * per_atom * energy_slope)
 
 

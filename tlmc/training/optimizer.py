@@ -37,7 +37,7 @@ def apply(update: Update) -> None:
         [update.exp_avg],
         [update.exp_avg_sq],
         [],
-        [torch.tensor(float(update.step - 1))],
+        [torch.full((), float(update.step - 1), device=update.weight.device)],
         fused=True,
         amsgrad=False,
         beta1=BETA1,

@@ -9,6 +9,7 @@ reference offsets, which belong to the labels alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final, Literal
 
 import numpy as np
@@ -16,10 +17,10 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 from ase.collections import g2
-from torch import Tensor
 
 from tlmc.errors import ConfigError
 from tlmc.training.cache import Structure
+from tlmc.training.distributed import Group
 from tlmc.training.engine import Engine, merge
 from tlmc.training.loss import LossAndSlopes
 
@@ -56,7 +57,7 @@ def isolated_molecules(elements: Sequence[str], part: MoleculePart) -> list[Atom
         If a half would be empty.
     """
     allowed = set(elements) & set(NATIVE)
-    found = sorted((len(atoms), name) for name in g2.names if _is_stable(atoms := molecule(name), allowed))
+    found = sorted((len(atoms), name) for name in g2.names if _is_stable(name, atoms := molecule(name), allowed))
     names = [name for _, name in found[0 if part == "replayed" else 1 :: 2]]
     if not names:
         raise ConfigError(
@@ -73,9 +74,10 @@ def isolated_molecules(elements: Sequence[str], part: MoleculePart) -> list[Atom
     return frames
 
 
-def _is_stable(atoms: Atoms, allowed: set[str]) -> bool:
+def _is_stable(name: str, atoms: Atoms, allowed: set[str]) -> bool:
     return (
         len(atoms) >= 3
+        and not name.endswith("_s1A1d")  # singlet carbenes: closed-shell, but no molecules that the models know
         and not atoms.get_initial_magnetic_moments().any()
         and set(atoms.get_chemical_symbols()) <= allowed
     )
@@ -95,7 +97,7 @@ class Replay:
     batch_size
         Molecules per step, at most all.
     loss
-        As :meth:`Engine.loss_gradient` takes it.
+        :func:`tlmc.training.loss.batch_loss` with its settings.
     seed
         Of the choice of molecules.
     """
@@ -106,20 +108,24 @@ class Replay:
         structures: Sequence[Structure],
         weight: float,
         batch_size: int,
-        loss: Callable[[Tensor, Tensor, Tensor, Tensor], LossAndSlopes],
+        loss: Callable[..., LossAndSlopes],
         seed: int,
     ) -> None:
         self._engine, self._structures, self._weight, self._loss, self._seed = engine, structures, weight, loss, seed
         self._batch_size = min(batch_size, len(structures))
         self._labels = [engine.energies_forces(merge([structure])) for structure in structures]
 
-    def add_gradient(self, step: int) -> None:
-        """Add the gradient of the replayed batch of a step to the one that the engine holds."""
+    def add_gradient(self, step: int, group: Group | None = None) -> None:
+        """Add the gradient of the replayed batch of a step, or of this process' share, to the one the engine holds."""
         rng = np.random.default_rng([self._seed, step])
         picked = rng.choice(len(self._structures), self._batch_size, replace=False)
+        if group is not None:
+            picked = group.share(picked)
+        if len(picked) == 0:
+            return
         batch = merge([self._structures[i] for i in picked])
         energies = torch.cat([self._labels[i].energies for i in picked])
         forces = torch.cat([self._labels[i].forces for i in picked])
         own = self._engine.gradient.clone()
-        self._engine.loss_gradient(batch, energies, forces, self._loss)
+        self._engine.loss_gradient(batch, energies, forces, partial(self._loss, n_structures=self._batch_size))
         self._engine.gradient.mul_(self._weight).add_(own)

@@ -22,12 +22,13 @@ from torch import Tensor
 from tlmc.descriptors.aev import BLOCK
 from tlmc.potentials.network import CELU_ALPHA
 from tlmc.training.cache import DescriptorCache, Structure
+from tlmc.training.devices import DeviceCache
 from tlmc.training.engine import Engine, merge
 
 
 def ridge_start(
     engine: Engine,
-    cache: DescriptorCache,
+    cache: DescriptorCache | DeviceCache,
     indices: Iterable[int],
     energies: Tensor,
     forces: list[Tensor],
@@ -80,14 +81,14 @@ def design_matrix(engine: Engine, structure: Structure) -> Tensor:
     Tensor
         float64, shape ``(1 + 3 n_atoms, n_unknowns)``; unknowns per element: weights of all members, then biases.
     """
-    n_coordinates = 3 * len(structure.species)
+    n_coordinates, device = 3 * len(structure.species), structure.G.device
     columns = []
     for k, layers in engine.layers.items():
-        atoms = torch.nonzero(structure.species == k).squeeze(1)
+        atoms = torch.nonzero(structure.species == k).squeeze(1).to(device)
         *hidden, (w, _) = layers
         n_members, width = w.shape[:2]
         atom, coordinate, tangents = _coordinates(structure, atoms)
-        A = torch.zeros(1 + n_coordinates, n_members * (width + 1), dtype=torch.float64)
+        A = torch.zeros(1 + n_coordinates, n_members * (width + 1), dtype=torch.float64, device=device)
         for m in range(n_members):
             a, t = structure.G[atoms], tangents
             for weight, bias in hidden:
@@ -113,13 +114,13 @@ def _coordinates(structure: Structure, atoms: Tensor) -> tuple[Tensor, Tensor, T
     n_atoms, n_columns = structure.G.shape
     parts = n_columns // BLOCK
     row = torch.repeat_interleave(structure.starts.diff())
-    place = torch.full((n_atoms,), -1)
-    place[atoms] = torch.arange(len(atoms))
+    place = torch.full((n_atoms,), -1, device=atoms.device)
+    place[atoms] = torch.arange(len(atoms), device=atoms.device)
     picked = torch.nonzero(place[row // parts] >= 0).squeeze(1)
     row, moved = row[picked], structure.atoms[picked].long()
     pairs, pair = torch.unique(place[row // parts] * n_atoms + moved, return_inverse=True)
     derivative = structure.values.new_zeros(len(pairs), 3, parts, BLOCK)
     derivative[pair, :, row % parts] = structure.values[picked]
     atom = (pairs // n_atoms).repeat_interleave(3)
-    coordinate = (3 * (pairs % n_atoms)[:, None] + torch.arange(3)).reshape(-1)
+    coordinate = (3 * (pairs % n_atoms)[:, None] + torch.arange(3, device=atoms.device)).reshape(-1)
     return atom, coordinate, derivative.view(-1, n_columns)
