@@ -10,6 +10,7 @@
 # fails is repeated once; if it fails again the others go on, and its name and the reason are told at the end. The same
 # command then carries out what is missing. A run is repeated when its parameters, the notebook, its data, package
 # versions, or code that it uses have changed (comments and docstrings do not count). To keep results all the same: --touch.
+import os
 import sys
 from pathlib import Path
 
@@ -17,19 +18,30 @@ from tlmc.paths import project_root, reports_dir
 
 DESCRIPTIONS = Path(config.get("sweeps", project_root() / "notebooks" / "sweeps")).resolve()
 NAMES = sorted(path.stem for path in DESCRIPTIONS.glob("*.yml"))
-FOLDER = str(reports_dir() / "sweeps")
+RESULTS = str(reports_dir() / "sweeps")
+# A storage provider (Kubernetes) wants paths relative to its prefix, the checkout, and hands copies to the jobs; these
+# leave their results in RESULTS all the same, where a second try finds them, and keep() makes the copy that is asked for.
+STORED = workflow.storage_settings.default_storage_provider is not None
+FOLDER = os.path.relpath(RESULTS, project_root()) if STORED else RESULTS
+RUN = "{RESULTS:q}/{wildcards.sweep:q}/results/{wildcards.run:q}"
+SWEEP = "{RESULTS:q}/{wildcards.sweep:q}"
 TLMC = f"{sys.executable} -m tlmc.cli"
 PLANNED = set()
+
+
+def keep(folder, name):
+    """Return the shell command that copies a result to where Snakemake wants it, if that is elsewhere."""
+    return f"[ {folder}/{name} -ef {{output:q}} ] || cp {folder}/{name} {{output:q}}"
 
 
 def planned(wildcards):
     """Plan the sweep and return what its runs leave."""
     from tlmc import sweeps  # slow to import, and the jobs of a cluster read this file too
 
-    folder = Path(FOLDER, wildcards.sweep)
+    folder = Path(RESULTS, wildcards.sweep)
     names = sweeps.plan(DESCRIPTIONS / f"{wildcards.sweep}.yml", folder)
     PLANNED.add(folder)
-    return [str(folder / "results" / name / "metrics.json") for name in names]
+    return [f"{FOLDER}/{wildcards.sweep}/results/{name}/metrics.json" for name in names]
 
 
 wildcard_constraints:
@@ -59,8 +71,6 @@ rule run:
         f"{FOLDER}/{{sweep}}/results/{{run}}/metrics.json",
     log:
         f"{FOLDER}/{{sweep}}/logs/{{run}}.log",
-    params:
-        folder=lambda wildcards, output: Path(output[0]).parent,
     retries: 1
     threads: 1
     resources:
@@ -69,7 +79,7 @@ rule run:
         runtime=lambda wildcards, attempt: 120 * attempt,  # minutes
         gpu=0,
     shell:
-        "TLMC_THREADS={threads} {TLMC} sweep run {input[0]:q} -o {params.folder:q} > {log:q} 2>&1"
+        "TLMC_THREADS={threads} {TLMC} sweep run {input:q} -o " + RUN + " > {log:q} 2>&1; " + keep(RUN, "metrics.json")
 
 
 rule table:
@@ -78,7 +88,7 @@ rule table:
     output:
         f"{FOLDER}/{{sweep}}/table.csv",
     shell:
-        "{TLMC} sweep collect {FOLDER:q}/{wildcards.sweep:q}"
+        "{TLMC} sweep collect " + SWEEP + "; " + keep(SWEEP, "table.csv")
 
 
 onstart:

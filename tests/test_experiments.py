@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,6 +11,8 @@ from tlmc.errors import ConfigError
 from tlmc.evaluation import read_records
 from tlmc.experiments import CONVERGENCE, convergence, convergence_table, run_recipes
 from tlmc.training import recipe
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -89,3 +93,23 @@ def test_convergence_table_compares_run_by_run():
     assert table.loc["half", ["E / short", "E / short, sd"]].tolist() == pytest.approx([2.0, np.log(4.0) / np.sqrt(2)])
     with pytest.raises(ConfigError, match="no setting 'thesis' to compare with among short, half"):
         convergence_table(pd.DataFrame(rows), baseline="thesis")
+
+
+def test_the_stored_comparison_says_what_the_notebook_says():
+    """Notebook 07, section 8: `quick` costs a third and comes near; ridge and EMA do not pay with an ensemble."""
+    table = pd.read_csv(ROOT / "reports" / "tables" / "convergence_reference.csv")
+    assert table.groupby("setting")[["dataset", "seed"]].nunique().eq(3).all(axis=None)
+    ends = convergence_table(table)
+    assert list(ends.index) == list(CONVERGENCE)
+    quick, half = ends.loc["batch 4"], ends.loc["short, half as long"]
+    assert quick["time / short"] < 0.4 < half["time / short"]
+    assert max(quick["F / short"], half["F / short"]) < 1.07
+    assert max(quick["E / short"], half["E / short"]) < 1.13
+    assert ends.loc["short + ridge", "time / short"] > 1.5 * quick["time / short"]
+    assert ends.loc["short + ridge", "F / short"] > 0.95 * quick["F / short"]
+    assert ends.loc["batch 4 + EMA", "E / short"] > 4
+    assert ends.loc["batch 4 + EMA", "F / short"] > 1.2
+    assert ends.loc["thesis", "E / short"] > 3
+    assert ends.loc["thesis", "F / short"] < 1.05
+    first = table[table["epoch"] == 1].groupby("setting")["validation_force_rmse_vector"].mean()
+    assert first.idxmin() == "short + ridge"

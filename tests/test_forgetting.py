@@ -85,11 +85,12 @@ def test_replay_lessens_forgetting_and_resumes(tmp_path, monkeypatch):
     data, start = labelled(), student()
     parts = split_dataset(data, seed=0)
     frames = isolated_molecules(data.elements, "held out")[::4]
-    plain, config = finetune(start, data, parts, quick()), quick(replay=1.0)
+    settings = {"epochs": 12, "lr": 1e-3}
+    plain, config = finetune(start, data, parts, quick(**settings)), quick(**settings, replay=1.0)
     whole = finetune(start, data, parts, config)
     without, with_replay = (forgetting(start, r.potential, frames) for r in (plain, whole))
-    assert with_replay["force_rmse_vector"].value < 0.7 * without["force_rmse_vector"].value
-    assert with_replay["energy_rmse_per_atom"].value < 0.7 * without["energy_rmse_per_atom"].value
+    assert with_replay["force_rmse_vector"].value < 0.6 * without["force_rmse_vector"].value
+    assert with_replay["energy_rmse_per_atom"].value < 0.6 * without["energy_rmse_per_atom"].value
     # offsets belong to the labels: molecules play no part in their fit
     assert whole.potential.reference == plain.potential.reference
     assert plain.run_id != whole.run_id

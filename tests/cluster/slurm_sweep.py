@@ -30,7 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "sinfo", "munged")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "sinfo", "scancel", "munged", "setpriv")
 START_SECONDS = 60
 SWEEP_SECONDS = 900
 
@@ -152,15 +152,27 @@ def cluster(scratch: Path) -> Iterator[Path]:
             for log in sorted(scratch.glob("*.txt")):
                 say(f"--- {log.name}\n{log.read_text()[-2000:]}")
             raise
-        yield configuration
+        try:
+            yield configuration
+        finally:
+            # what still runs would outlive the daemons
+            output(["scancel", "--user", getpass.getuser()], environment)
+            wait_for(lambda: not output(["squeue", "--noheader"], environment).strip(), "the end of all jobs")
 
 
 @contextmanager
 def daemon(command: list[str], log: Path) -> Iterator[None]:
-    """Run a program in the foreground of its own session; stop it, and nothing else, by its process id."""
+    """Run a program in the foreground of its own session; stop it, and nothing else, by its process id.
+
+    The kernel stops it if this script is killed.
+    """
     with log.open("w") as stream:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            ["setpriv", "--pdeathsig", "TERM", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         yield
@@ -194,6 +206,8 @@ def check_sweep(scratch: Path, environment: dict[str, str]) -> None:
     require(all(facts["NodeList"] == host for facts in states.values()), f"a job ran elsewhere than on {host}", text)
     found = sorted(facts["JobState"] for facts in states.values())
     require(found == ["COMPLETED", "COMPLETED", "FAILED", "FAILED"], f"the jobs ended as {found}", text)
+    tries = sorted(facts["MinMemoryNode"] for facts in states.values() if facts["JobState"] == "FAILED")
+    require(tries == ["4000M", "8000M"], f"the tries of the failing run asked for {' and '.join(tries)}", text)
     finished = [json.loads(path.read_text()) for path in sorted(sweep.glob("results/*/metrics.json"))]
     require(len(finished) == 2, f"{len(finished)} runs finished, not 2", text)
     require({run["slurm_job"] for run in finished} <= set(jobs), "a run does not name one of the jobs", text)
@@ -211,7 +225,8 @@ def check_sweep(scratch: Path, environment: dict[str, str]) -> None:
 
 def snakemake(scratch: Path, environment: dict[str, str]) -> tuple[int, str]:
     """Run the target with the profile of the project; return exit status and everything said."""
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(scratch)]
+    command = ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "snakemake"]
+    command += ["--snakefile", str(ROOT / "Snakefile"), "--directory", str(scratch)]
     command += ["--workflow-profile", str(ROOT / "notebooks" / "sweeps" / "slurm")]
     # no accounting here: squeue tells how jobs stand, as long as Slurm remembers them (MinJobAge)
     command += ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "3"]
