@@ -334,8 +334,8 @@ class TestOwnData:
         write_notebook(
             root / "notebooks",
             "09_all",
-            parameters.format('crystals = "27-like"\nborrow_dataset = ""'),
-            answer="[dataset, crystals, element_map, borrow_dataset]",
+            parameters.format('crystals = "27-like"\nborrow_dataset = ""\nleft_out = "27-like"'),
+            answer="[dataset, crystals, element_map, borrow_dataset, left_out]",
         )
         for name in ("05_data", "09_all"):
             (root / "notebooks" / "profiles" / "quick" / f"{name}.yml").write_text("")
@@ -363,7 +363,7 @@ class TestOwnData:
         first, second = str(folder / "32.traj"), str(folder / "33.traj")
         assert json.loads((reports / "metrics" / "05.json").read_text())["metrics"]["answer"] == [first, second]
         answer = json.loads((reports / "metrics" / "09.json").read_text())["metrics"]["answer"]
-        assert answer == [first, str(folder), "Si=C, I=Cl", first]
+        assert answer == [first, str(folder), "Si=C, I=Cl", first, "32"]
         # 01 and 02 are about other things
         assert not (reports / "metrics" / "01.json").exists()
         summary = json.loads((reports / "metrics" / "study_quick.json").read_text())
@@ -376,7 +376,7 @@ class TestOwnData:
         reports = checkout / "out" / "own" / "crystals of mine"
         [first, others] = json.loads((reports / "metrics" / "05.json").read_text())["metrics"]["answer"]
         assert (first, others) == (str(folder / "33.traj"), "")
-        assert json.loads((reports / "metrics" / "09.json").read_text())["metrics"]["answer"][2:] == ["", ""]
+        assert json.loads((reports / "metrics" / "09.json").read_text())["metrics"]["answer"][2:] == ["", "", "33"]
 
     def test_changed_data_are_studied_again(self, checkout, folder):
         study.run_study("quick", ["09"], data=folder)

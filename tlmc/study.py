@@ -124,7 +124,7 @@ def _own_data(
 
     Notebooks about one crystal get the thesis' own choice, 32, or the first.
     """
-    from tlmc.casestudy import CaseStudy, borrowed_elements, crystal_files, leading, load_crystals
+    from tlmc.casestudy import CaseStudy, borrowed_elements, crystal_files, leading, load_crystals, short_name
     from tlmc.datasets import load_dataset
     from tlmc.potentials.pretrained import StartModelName, load_start_model
 
@@ -147,7 +147,10 @@ def _own_data(
         "element_map": ", ".join(f"{new}={donor}" for new, donor in mapping.items()),
         "borrow_dataset": lacking[0] if lacking else "",
     }
-    known = {key for step in loaded.steps for key in step.parameters}
+    known = {key: value for step in loaded.steps for key, value in step.parameters.items()}
+    if known.get("left_out") != "all":
+        # a name of the profile's own data
+        values["left_out"] = short_name(crystals[files.index(first)])
     return {key: value for key, value in values.items() if key in known}
 
 
