@@ -12,6 +12,7 @@ import ase.io
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from tlmc import casestudy
@@ -22,6 +23,8 @@ from tlmc.errors import ConfigError, DataError, ModelError
 from tlmc.evaluation import evaluate, ranking_table, read_records
 from tlmc.paths import mirror_dir, reports_dir
 from tlmc.potentials import predict
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_trajectory(path, dataset):
@@ -279,3 +282,20 @@ def test_public_crystals_renamed_as_the_thesis_names_its_own(tmp_path, monkeypat
     assert force["27", "", TUNED] < 0.5 * force["27", "", START]
     same = casestudy.error_table(CaseStudy(ani2x, registered, changes={"epochs": 1}).each())
     np.testing.assert_allclose(same.iloc[:, :4], table.iloc[:, :4], rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [f"{number}-like" for number in (27, 28, 31, 32, 33)])
+def test_profile_laptop_gains_on_every_crystal_what_the_study_promises(name, ani2xt, reports):
+    """At least 8 times smaller energy errors, 3 times with the offset refitted, and 5 times smaller force errors."""
+    settings = yaml.safe_load((ROOT / "notebooks" / "profiles" / "laptop" / "09_evaluation.yml").read_text())
+    changes = {"epochs": settings["crystal_epochs"]} if settings["crystal_epochs"] else {}
+    assert (settings["start_model"], settings["max_frames"], settings["seed"]) == ("ani2xt", 0, 0)
+    assert name in settings["crystals"].split(",")
+    case = CaseStudy(ani2xt, load_crystals([name]), settings["recipe_name"], changes, borrowings=("extend",))
+    [experiment] = case.each().values()
+    start, refitted, tuned = (stage.metrics for stage in experiment.stages.values())
+    energy, force = "energy_rmse_per_atom", "force_rmse_vector"
+    assert start[energy].value > 8 * tuned[energy].value
+    assert refitted[energy].value > 3 * tuned[energy].value
+    assert start[force].value > 5 * tuned[force].value
