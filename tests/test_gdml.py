@@ -23,6 +23,8 @@ with warnings.catch_warnings():
     from sgdml.predict import GDMLPredict
     from sgdml.train import GDMLTrain
     from sgdml.utils import perm
+# it gives every logger made from now on a handler of its own, also those of other packages
+logging.setLoggerClass(logging.Logger)
 
 
 @pytest.fixture(scope="module")
