@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, Literal, NamedTuple
@@ -124,16 +124,22 @@ class Enrichment:
         projected = jacobian._replace(values=torch.einsum("efx,fc->ecx", jacobian.values, self.projection))
         return self._columns(environments), projected.blocks()
 
-    def slopes(self, frame: Atoms, gradient: Tensor) -> EnergySlopes:
-        """Return forces and virial of an energy from its derivative by the columns, ``(n_atoms, n_columns)``."""
+    def columns_and_slopes(self, frame: Atoms) -> tuple[Tensor, Callable[[Tensor], EnergySlopes]]:
+        """Return the columns, and what turns an energy's derivative by them into forces and virial; one evaluation.
+
+        The derivative has shape ``(n_atoms, n_columns)``; it can be handed in once.
+        """
         environments = self.descriptor.environments(frame)
         vectors = environments.vectors.requires_grad_()
         with torch.enable_grad():
-            spectrum = self.descriptor.values(environments)
-            weight = gradient.to(spectrum.dtype) @ self.projection.T
-            slope = torch.autograd.grad((spectrum * weight).sum(), vectors)[0]
-        environments = environments._replace(vectors=vectors.detach())
-        return EnergySlopes(-position_gradient(environments, slope), strain_gradient(environments, slope)[0])
+            columns = self._columns(environments)
+
+        def slopes(gradient: Tensor) -> EnergySlopes:
+            slope = torch.autograd.grad(columns, vectors, gradient.to(columns.dtype))[0]
+            fixed = environments._replace(vectors=vectors.detach())
+            return EnergySlopes(-position_gradient(fixed, slope), strain_gradient(fixed, slope)[0])
+
+        return columns.detach(), slopes
 
     def _columns(self, environments: Environments) -> Tensor:
         return (self.descriptor.values(environments) - self.shift) @ self.projection

@@ -73,7 +73,9 @@ def member_energies(model: Potential, frame: Atoms) -> NDArray[np.float64]:
         As in `predict`.
     """
     species, pairs = _environment(model, frame, "frame")
-    features = _richer(model, frame, aev(model.aev, len(model.symbols), species, pairs))
+    features = aev(model.aev, len(model.symbols), species, pairs)
+    if model.enrichment is not None:
+        features = torch.cat([features, model.enrichment.columns(frame).to(features.dtype)], dim=1)
     total = torch.zeros(model.members, dtype=torch.float64)
     for s, rows in _by_species(species):
         total += forward(model.networks[model.symbols[s]], features[rows])[0].to(torch.float64).sum(1)
@@ -223,7 +225,10 @@ def _evaluate(
     if key not in networks:
         networks[key] = _ActiveNetworks(model, key)
     terms = aev_terms(model.aev, n_species, species, pairs)
-    features = _richer(model, frame, aev(model.aev, n_species, species, pairs, terms))
+    features, pull_back = aev(model.aev, n_species, species, pairs, terms), None
+    if model.enrichment is not None:
+        columns, pull_back = model.enrichment.columns_and_slopes(frame)
+        features = torch.cat([features, columns.to(features.dtype)], dim=1)
     output = torch.zeros(len(frame), dtype=torch.float64)
     gradient = torch.zeros_like(features)
     for s, rows in _by_species(species):
@@ -239,8 +244,8 @@ def _evaluate(
     forces.index_add_(0, pairs.neighbour, -slope)
     # a strain e turns every v into (1 + e) v; each pair is listed from both ends, so nothing is counted twice
     virial = slope.T @ pairs.vectors.to(torch.float64)
-    if model.enrichment is not None:
-        richer = model.enrichment.slopes(frame, extra)
+    if pull_back is not None:
+        richer = pull_back(extra)
         forces += richer.forces * model.scale
         virial += richer.virial * model.scale
     stress = None
@@ -248,13 +253,6 @@ def _evaluate(
         stress = (0.5 * (virial + virial.T) / frame.get_volume()).numpy()
         stress = stress[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
     return _Evaluation((model.scale * output + model.offsets(frame)).numpy(), forces.numpy(), stress)
-
-
-def _richer(model: Potential, frame: Atoms, features: Tensor) -> Tensor:
-    """Return the AEVs with the columns of the model's enrichment, if it has one, behind them."""
-    if model.enrichment is None:
-        return features
-    return torch.cat([features, model.enrichment.columns(frame).to(features.dtype)], dim=1)
 
 
 def _environment(
