@@ -113,8 +113,8 @@ class TestPlan:
         names = sweeps.plan(description, tmp_path / "sweep")
         files = parameters(tmp_path / "sweep")
         assert sorted(names) == list(files)
-        # `interactive` is for people
-        assert set(files[names[0]]) == set(notebook_defaults(NOTEBOOK)) - {"interactive"}
+        # where it runs and who watches is not part of a run
+        assert set(files[names[0]]) == set(notebook_defaults(NOTEBOOK)) - {"device", "interactive"}
         cells = {cell.id: cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells}
         [source] = [cell.source for cell in cells.values() if "runs.Run(" in cell.source]
         for run in sweeps.read_sweep(description)[1]:
@@ -292,12 +292,13 @@ class TestRun:
     def test_an_interrupted_training_is_kept_unless_its_inputs_have_changed(self, description, tmp_path, monkeypatch):
         name = sweeps.plan(description, tmp_path)[0]
         parameters, results = sweeps.parameters_file(tmp_path, name), tmp_path / "results" / name
-        state = results / "runs" / "state"
+        state, devices = results / "runs" / "state", []
 
         def stopped(step, target, metrics):
             state.parent.mkdir(exist_ok=True)
             if not state.exists():
                 state.write_text(str(step.parameters["dataset"]))
+            devices.append(step.changes["device"])
             raise StudyError("no more time")
 
         monkeypatch.setattr(sweeps, "execute_notebook", stopped)
@@ -306,8 +307,10 @@ class TestRun:
                 sweeps.carry_out(parameters, results)
             assert sweeps.collect(tmp_path).failed == {name: "no more time"}
             kept = state.stat().st_mtime_ns
+        # another device is no other run
         with pytest.raises(StudyError):
-            sweeps.carry_out(parameters, results)
+            sweeps.carry_out(parameters, results, "cuda")
+        assert devices == ["cpu", "cpu", "cuda"]
         assert state.stat().st_mtime_ns == kept
         state.write_text("of other code")
         monkeypatch.setattr(sweeps, "_shared_inputs", lambda: {"program": "other"})

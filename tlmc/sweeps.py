@@ -22,7 +22,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ def plan(description: Path, folder: Path) -> list[str]:
     return names
 
 
-def carry_out(parameters: Path, folder: Path) -> Path:
+def carry_out(parameters: Path, folder: Path, device: str = "cpu") -> Path:
     """Execute the notebook for one run.
 
     A training that was interrupted goes on from its last epoch, unless code, notebook or data have changed since.
@@ -172,6 +172,8 @@ def carry_out(parameters: Path, folder: Path) -> Path:
         A parameters file of a plan.
     folder
         Where the results go; this run's own.
+    device
+        Where to train; not part of the run, as the weights are the same to rounding.
 
     Returns
     -------
@@ -192,6 +194,7 @@ def carry_out(parameters: Path, folder: Path) -> Path:
     if folder.is_dir() and not (begun.is_file() and begun.read_text(encoding="utf-8").strip() == digest):
         shutil.rmtree(folder)
     write_text(begun, f"{digest}\n")
+    step = replace(step, changes=step.changes | {"device": device})
     target, error_file = folder / "metrics.json", folder / "error.txt"
     target.unlink(missing_ok=True)
     # a process that is killed cannot say so any more
