@@ -32,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tlmc.datasets import available, local_file
 from tlmc.errors import ConfigError, DataError, StudyError
-from tlmc.evaluation.records import COLUMNS, read_records
+from tlmc.evaluation.records import CELL, COLUMNS, read_records
 from tlmc.files import sha256_file, write_json, write_text
 from tlmc.outcomes import metrics_file, read_metrics
 from tlmc.paths import project_root
@@ -241,7 +241,9 @@ def collect(folder: Path) -> Collected:
             failed[name] = (results / "error.txt").read_text(encoding="utf-8").strip()
         else:
             waiting.append(name)
-    return Collected(tuple(finished), failed, tuple(waiting), pd.DataFrame(rows, columns=list(COLUMNS)))
+    # every run tells the errors of its start model: those of one split are one result
+    records = pd.DataFrame(rows, columns=list(COLUMNS)).drop_duplicates([*CELL, "quantity"], keep="last")
+    return Collected(tuple(finished), failed, tuple(waiting), records.reset_index(drop=True))
 
 
 def parameters_file(folder: Path, run: str) -> Path:
