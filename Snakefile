@@ -77,9 +77,10 @@ rule run:
         # a run that the system killed for lack of memory gets more the second time, and goes on where it was
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=lambda wildcards, attempt: 120 * attempt,  # minutes
-        gpu=0,
+        gpu=0,  # --set-resources run:gpu=1 trains on one
     shell:
-        "TLMC_THREADS={threads} {TLMC} sweep run {input:q} -o " + RUN + " > {log:q} 2>&1; " + keep(RUN, "metrics.json")
+        "TLMC_THREADS={threads} {TLMC} sweep run {input:q} -o " + RUN +
+        " --device $([ {resources.gpu} = 0 ] && echo cpu || echo cuda) > {log:q} 2>&1; " + keep(RUN, "metrics.json")
 
 
 rule table:

@@ -113,8 +113,8 @@ class TestPlan:
         names = sweeps.plan(description, tmp_path / "sweep")
         files = parameters(tmp_path / "sweep")
         assert sorted(names) == list(files)
-        # `interactive` is for people
-        assert set(files[names[0]]) == set(notebook_defaults(NOTEBOOK)) - {"interactive"}
+        # where it runs and who watches is not part of a run
+        assert set(files[names[0]]) == set(notebook_defaults(NOTEBOOK)) - {"device", "interactive"}
         cells = {cell.id: cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells}
         [source] = [cell.source for cell in cells.values() if "runs.Run(" in cell.source]
         for run in sweeps.read_sweep(description)[1]:
@@ -230,7 +230,10 @@ def sweep(carried_out):
 
 @pytest.mark.slow
 class TestSnakefile:
-    """The whole way, on this machine; tests/cluster goes it under a real Slurm."""
+    """The whole way, on this machine; tests/cluster goes it under a real Slurm.
+
+    All tests of what it leaves are in this class: one process of a parallel run carries the sweep out for them.
+    """
 
     def test_a_failed_run_is_retried_and_named_while_the_others_go_on(self, carried_out):
         folder, (code, text) = carried_out
@@ -263,19 +266,7 @@ class TestSnakefile:
         assert not (sweep / "unfinished.csv").exists()
         assert "Nothing to be done" in snakemake(folder, "tiny")[1]
 
-
-@pytest.mark.parametrize("profile", ["slurm", "kubernetes"])
-def test_profiles_name_only_what_the_snakefile_has(profile):
-    content = yaml.safe_load((ROOT / "notebooks/sweeps" / profile / "config.yaml").read_text())
-    assert content["executor"] == profile
-    assert content["keep-going"] is True
-    text = (ROOT / "Snakefile").read_text()
-    assert all(f"rule {rule}:" in text for rule in content.get("set-resources", {}))
-
-
-class TestRun:
-    @pytest.mark.slow
-    def test_what_it_leaves(self, sweep):
+    def test_what_a_run_leaves(self, sweep):
         [path] = sweep.glob("results/*/metrics.json")
         content = json.loads(path.read_text())
         assert content["run"] == path.parent.name
@@ -289,15 +280,47 @@ class TestRun:
         assert not (path.parent / "error.txt").exists()
         assert next(path.parent.glob("runs/*/model.safetensors")).stat().st_size > 0
 
+    def test_what_is_collected(self, sweep):
+        state = sweeps.collect(sweep)
+        assert len(state.finished) == len(state.failed) == len(state.waiting) == 1
+        [(name, sentence)] = state.failed.items()
+        assert name.startswith("27_like")
+        assert "ModelError: ani2xt has no network for I" in sentence
+        assert state.records["dataset"].unique().tolist() == ["naphthalene"]
+        assert np.isfinite(state.records["value"]).all()
+
+    def test_the_command_that_collects_writes_a_table_and_names_the_rest(self, sweep, monkeypatch, tmp_path):
+        monkeypatch.setenv("TLMC_REPORTS_DIR", str(tmp_path))
+        monkeypatch.setattr(cli, "err", Console(stderr=True, width=500))
+        answer = CliRunner().invoke(cli.app, ["sweep", "collect", str(sweep)])
+        assert answer.exit_code == 2
+        assert "failed: 27_like" in answer.stderr
+        assert "not done: naphthalene" in answer.stderr
+        table = pd.read_csv(sweep / "unfinished.csv")
+        assert table["recipe"].tolist() == ["start", "start, offset refitted", "short, epochs 1"]
+        assert set(read_records(study="tiny")["recipe"]) == set(table["recipe"])
+
+
+@pytest.mark.parametrize("profile", ["slurm", "kubernetes"])
+def test_profiles_name_only_what_the_snakefile_has(profile):
+    content = yaml.safe_load((ROOT / "notebooks/sweeps" / profile / "config.yaml").read_text())
+    assert content["executor"] == profile
+    assert content["keep-going"] is True
+    text = (ROOT / "Snakefile").read_text()
+    assert all(f"rule {rule}:" in text for rule in content.get("set-resources", {}))
+
+
+class TestRun:
     def test_an_interrupted_training_is_kept_unless_its_inputs_have_changed(self, description, tmp_path, monkeypatch):
         name = sweeps.plan(description, tmp_path)[0]
         parameters, results = sweeps.parameters_file(tmp_path, name), tmp_path / "results" / name
-        state = results / "runs" / "state"
+        state, devices = results / "runs" / "state", []
 
         def stopped(step, target, metrics):
             state.parent.mkdir(exist_ok=True)
             if not state.exists():
                 state.write_text(str(step.parameters["dataset"]))
+            devices.append(step.changes["device"])
             raise StudyError("no more time")
 
         monkeypatch.setattr(sweeps, "execute_notebook", stopped)
@@ -306,8 +329,10 @@ class TestRun:
                 sweeps.carry_out(parameters, results)
             assert sweeps.collect(tmp_path).failed == {name: "no more time"}
             kept = state.stat().st_mtime_ns
+        # another device is no other run
         with pytest.raises(StudyError):
-            sweeps.carry_out(parameters, results)
+            sweeps.carry_out(parameters, results, "cuda")
+        assert devices == ["cpu", "cpu", "cuda"]
         assert state.stat().st_mtime_ns == kept
         state.write_text("of other code")
         monkeypatch.setattr(sweeps, "_shared_inputs", lambda: {"program": "other"})
@@ -325,16 +350,6 @@ class TestRun:
 
 
 class TestCollect:
-    @pytest.mark.slow
-    def test_finished_failed_and_waiting(self, sweep):
-        state = sweeps.collect(sweep)
-        assert len(state.finished) == len(state.failed) == len(state.waiting) == 1
-        [(name, sentence)] = state.failed.items()
-        assert name.startswith("27_like")
-        assert "ModelError: ani2xt has no network for I" in sentence
-        assert state.records["dataset"].unique().tolist() == ["naphthalene"]
-        assert np.isfinite(state.records["value"]).all()
-
     def test_a_run_that_was_killed_is_a_failed_one(self, description, tmp_path):
         name = sweeps.plan(description, tmp_path)[0]
         code = (
@@ -346,17 +361,17 @@ class TestCollect:
         assert subprocess.run(command, check=False).returncode == 9
         assert "did not end: killed" in sweeps.collect(tmp_path).failed[name]
 
-    @pytest.mark.slow
-    def test_the_command_writes_a_table_and_names_the_rest(self, sweep, monkeypatch, tmp_path):
-        monkeypatch.setenv("TLMC_REPORTS_DIR", str(tmp_path))
-        monkeypatch.setattr(cli, "err", Console(stderr=True, width=500))
-        answer = CliRunner().invoke(cli.app, ["sweep", "collect", str(sweep)])
-        assert answer.exit_code == 2
-        assert "failed: 27_like" in answer.stderr
-        assert "not done: naphthalene" in answer.stderr
-        table = pd.read_csv(sweep / "unfinished.csv")
-        assert table["recipe"].tolist() == ["start", "start, offset refitted", "short, epochs 1"]
-        assert set(read_records(study="tiny")["recipe"]) == set(table["recipe"])
+    def test_the_start_model_counts_once_per_split(self, description, tmp_path):
+        description.write_text(GOOD.replace("[0, 3]", "[0]"))
+        row = {"study": "trial", "dataset": "a", "start_model": "ani2xt", "seed": 0, "split": "test", "n_train": 0}
+        row |= {"quantity": "force_rmse_vector", "unit": "eV/A", "value": 1.0}
+        for name in sweeps.plan(description, tmp_path):
+            rows = [row | {"recipe": recipe, "run_id": name} for recipe in ("start", name)]
+            path = tmp_path / "results" / name / "metrics.json"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps({"records": rows}))
+        records = sweeps.collect(tmp_path).records
+        assert records["recipe"].value_counts().tolist() == [1] * 5
 
     def test_a_folder_without_a_plan(self, tmp_path):
         with pytest.raises(ConfigError, match="make a plan first"):

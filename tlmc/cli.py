@@ -624,6 +624,7 @@ def sweep_plan(
 def sweep_run(
     parameters: Annotated[Path, typer.Argument(help="A parameters file of a plan.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of this run's results.")],
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
     """Carry out one run: execute the notebook 10_single_run, leave metrics.json.
 
@@ -635,7 +636,7 @@ def sweep_run(
     """
     from tlmc.sweeps import carry_out
 
-    out.print(str(carry_out(parameters, output)), soft_wrap=True)
+    out.print(str(carry_out(parameters, output, device)), soft_wrap=True)
 
 
 @sweep_app.command("collect")

@@ -85,14 +85,14 @@ class Run(BaseModel):
         return "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", word).strip("_") for word in words if word) + f"-{digest}"
 
 
-def execute(run: Run, study: str = "", progress: bool | None = None) -> Experiment:
+def execute(run: Run, study: str = "", progress: bool | None = None, device: str = "cpu") -> Experiment:
     """Carry out a run: split, fine-tune, evaluate on the test part, record; a finished one is read.
 
     Parameters
     ----------
     run
         What to do.
-    study, progress
+    study, progress, device
         As in :func:`tlmc.experiments.run_experiment`. With a study, what the model has forgotten is recorded too, as
         errors of the part ``molecules`` (:mod:`tlmc.evaluation.forgetting`).
 
@@ -104,7 +104,7 @@ def execute(run: Run, study: str = "", progress: bool | None = None) -> Experime
     config = run.config
     start, model, dataset = _prepared(run)
     experiment = run_experiment(
-        model, dataset, config, split=run.split, n_train=run.n_train, study=study, progress=progress
+        model, dataset, config, split=run.split, n_train=run.n_train, study=study, progress=progress, device=device
     )
     if study:
         result = experiment.result

@@ -22,7 +22,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tlmc.datasets import available, local_file
 from tlmc.errors import ConfigError, DataError, StudyError
-from tlmc.evaluation.records import COLUMNS, read_records
+from tlmc.evaluation.records import CELL, COLUMNS, read_records
 from tlmc.files import sha256_file, write_json, write_text
 from tlmc.outcomes import metrics_file, read_metrics
 from tlmc.paths import project_root
@@ -161,7 +161,7 @@ def plan(description: Path, folder: Path) -> list[str]:
     return names
 
 
-def carry_out(parameters: Path, folder: Path) -> Path:
+def carry_out(parameters: Path, folder: Path, device: str = "cpu") -> Path:
     """Execute the notebook for one run.
 
     A training that was interrupted goes on from its last epoch, unless code, notebook or data have changed since.
@@ -172,6 +172,8 @@ def carry_out(parameters: Path, folder: Path) -> Path:
         A parameters file of a plan.
     folder
         Where the results go; this run's own.
+    device
+        Where to train; not part of the run, as the weights are the same to rounding.
 
     Returns
     -------
@@ -192,6 +194,7 @@ def carry_out(parameters: Path, folder: Path) -> Path:
     if folder.is_dir() and not (begun.is_file() and begun.read_text(encoding="utf-8").strip() == digest):
         shutil.rmtree(folder)
     write_text(begun, f"{digest}\n")
+    step = replace(step, changes=step.changes | {"device": device})
     target, error_file = folder / "metrics.json", folder / "error.txt"
     target.unlink(missing_ok=True)
     # a process that is killed cannot say so any more
@@ -238,7 +241,9 @@ def collect(folder: Path) -> Collected:
             failed[name] = (results / "error.txt").read_text(encoding="utf-8").strip()
         else:
             waiting.append(name)
-    return Collected(tuple(finished), failed, tuple(waiting), pd.DataFrame(rows, columns=list(COLUMNS)))
+    # every run tells the errors of its start model: those of one split are one result
+    records = pd.DataFrame(rows, columns=list(COLUMNS)).drop_duplicates([*CELL, "quantity"], keep="last")
+    return Collected(tuple(finished), failed, tuple(waiting), records.reset_index(drop=True))
 
 
 def parameters_file(folder: Path, run: str) -> Path:
