@@ -54,6 +54,11 @@ class RadialBasis(ABC):
     """Matrix from the overlaps that :meth:`overlaps` gives to those of orthonormal functions, ``(l_max + 1, n, n)``."""
     own: Tensor
     """Overlap of a Gaussian at the origin with the functions of degree zero, before mixing, ``(n_max,)``."""
+    table: Tensor
+    """What the compiled sums make the overlaps of: the exponents ``c_nl`` of Gaussian-type orbitals, ``(l_max + 1,
+    n_max)``, or the coefficients of a Chebyshev series, ``(n_terms, l_max + 1, n_max)``."""
+    slope_table: Tensor
+    """The coefficients of the derivatives, ``(n_terms - 1, l_max + 1, n_max)``; empty for orbitals."""
 
     def __init__(self, r_cut: float, n_max: int, l_max: int, sigma: float, reach: float) -> None:
         self.r_cut, self.n_max, self.l_max, self.sigma, self.reach = r_cut, n_max, l_max, sigma, reach
@@ -97,9 +102,10 @@ class GaussianBasis(RadialBasis):
         both = self.alpha + self.eta
         factor = (math.pi / both) ** 1.5 * (self.eta / both) ** degree
         self.mixing = torch.from_numpy(self.weights * factor[:, None, :])
-        self._decay = torch.from_numpy(self.alpha * self.eta / both)
+        self.table = torch.from_numpy(self.alpha * self.eta / both)
+        self.slope_table = torch.zeros(0, l_max + 1, n_max, dtype=torch.float64)
         degrees = torch.from_numpy(degree).double().expand(-1, n_max)
-        self._exponent = torch.stack([degrees, -self._decay], dim=2).flatten(0, 1)
+        self._exponent = torch.stack([degrees, -self.table], dim=2).flatten(0, 1)
         self.own = torch.ones(n_max, dtype=torch.float64)
 
     def terms(self, distances: Tensor) -> Tensor:
@@ -140,6 +146,7 @@ class PolynomialBasis(RadialBasis):
         self.own = self.overlaps(torch.zeros(1, dtype=torch.float64))[0, :, 0]
         slope = np.moveaxis(chebyshev.chebder(np.moveaxis(series, -1, 0)), 0, -1) * (2.0 / reach)
         self._slope_series = torch.from_numpy(slope)
+        self.table, self.slope_table = self._series.permute(2, 0, 1), self._slope_series.permute(2, 0, 1)
 
     def terms(self, distances: Tensor) -> Tensor:
         """Return the Chebyshev polynomials of the distance; see :class:`RadialBasis`."""

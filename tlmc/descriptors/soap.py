@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from tlmc.descriptors import kernels
 from tlmc.descriptors.base import Environments, LocalDescriptor, SparseJacobian, chunks
 from tlmc.descriptors.harmonics import (
     degrees,
@@ -155,6 +156,8 @@ class SOAP(LocalDescriptor):
 
         Shape ``(n_centres, n_features)``, or ``(n_structures, n_features)`` if averaged.
         """
+        if kernels.can_serve(environments):
+            return self._compiled_values(environments)
         if self.average == "inner":
             return self._spectrum(_mean(self._all_coefficients(environments), environments))
         parts = [self._coefficients(environments, *bounds) for bounds in chunks(environments, PAIRS_AT_ONCE)]
@@ -167,13 +170,26 @@ class SOAP(LocalDescriptor):
             return self._inner_jacobian(environments)
         parts = self._jacobian_chunks(environments)
         if self.average == "off":
-            return SparseJacobian(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            first, *others = parts
+            columns = zip(first, *others, strict=True)
+            return SparseJacobian(*first) if not others else SparseJacobian(*(torch.cat(column) for column in columns))
         n_atoms = sum(environments.sizes)
         counts = torch.bincount(environments.structures, minlength=len(environments.sizes))
         total = environments.vectors.new_zeros(n_atoms, self.n_features, 3)
         for rows, atoms, values in parts:
             total.index_add_(0, atoms, values / counts[environments.structures[rows], None, None])
         return SparseJacobian(_structure_of_atoms(environments), torch.arange(n_atoms), total)
+
+    def _sums(self, environments: Environments) -> kernels.SoapSums:
+        r_cut = self.r_cut if self.cutoff == "cosine" else 0.0
+        return kernels.SoapSums(environments, len(self.species), self.n_features, self.radial, r_cut)
+
+    def _compiled_values(self, environments: Environments) -> Tensor:
+        rows = torch.arange(len(environments.species) + 1)
+        if self.average == "inner":
+            rows = torch.searchsorted(environments.structures, torch.arange(len(environments.sizes) + 1))
+        spectra = self._sums(environments).values(rows)
+        return _mean(spectra, environments) if self.average == "outer" else spectra
 
     def _all_coefficients(self, environments: Environments) -> Tensor:
         """Return the coefficients of all centres in the form that :meth:`_coefficients` gives."""
@@ -279,34 +295,63 @@ class SOAP(LocalDescriptor):
     def _jacobian_chunks(self, environments: Environments) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield rows, atoms and derivatives of the spectra, chunk by chunk."""
         n_atoms = sum(environments.sizes)
-        for bounds in chunks(environments, PLACES_AT_ONCE // 2):
+        sums = self._sums(environments) if kernels.can_serve(environments) else None
+        # compiled, rows that are kept are computed at once; those that are averaged need not all be held
+        size = PLACES_AT_ONCE // 2 if sums is None or self.averaged else max(len(environments.centre), 1)
+        for bounds in chunks(environments, size):
             first, last, begin, end = bounds
             centre, neighbour = environments.centre[begin:end] - first, environments.neighbour[begin:end]
             rows, own_atoms = torch.arange(last - first), environments.atoms[first:last]
             keys = torch.cat([centre * n_atoms + neighbour, rows * n_atoms + own_atoms])
             keys, place = torch.unique(keys, return_inverse=True)
             place, own = place[: end - begin], place[end - begin :]
-            functions, sides, slot = self._pair_factors(environments, bounds, self._coefficients(environments, *bounds))
-            # a centre and its own images move together; other atoms' images add up before the product
-            pairs = torch.nonzero(neighbour != own_atoms[centre]).squeeze(1)
-            counts = torch.bincount(place[pairs], minlength=len(keys))
-            key, order = torch.sort(place[pairs], stable=True)
-            image = torch.arange(len(pairs)) - (torch.cumsum(counts, 0) - counts)[key]
-            images = torch.full((len(keys), max(int(counts.max()), 1)), -1)
-            images[key, image] = slot[pairs[order]]
-            species = torch.full((len(keys),), -1)
-            species[key] = environments.neighbour_species[begin:end][pairs[order]]
-            values = environments.vectors.new_zeros(len(keys), self.n_features, 3)
-            for channel in range(len(self.species)):
-                mine = torch.nonzero(species == channel).squeeze(1)
-                which = images[mine]
-                left = functions[which] * (which >= 0)[:, :, None, None, None]
-                left, right = left.permute(0, 2, 3, 1, 4).flatten(3), sides[which].transpose(1, 2).flatten(2, 3)
-                moved = (left @ right).unflatten(3, (-1, 3))
-                values.index_copy_(0, mine, self._feature_slopes(moved, channel))
-            total = values.new_zeros(last - first, self.n_features, 3).index_add_(0, keys // n_atoms, values)
-            values.index_copy_(0, own, -total)
+            if sums is None:
+                values = self._slopes(environments, bounds, keys, place, own)
+            else:
+                ordered, images = torch.sort(place, stable=True)
+                image_starts = torch.searchsorted(ordered, torch.arange(len(keys) + 1))
+                entries = torch.searchsorted(keys, torch.arange(last - first + 1) * n_atoms)
+                values = sums.slopes(first, entries, own, image_starts, images + begin)
             yield keys // n_atoms + first, keys % n_atoms, values
+
+    def _slopes(
+        self, environments: Environments, bounds: tuple[int, int, int, int], keys: Tensor, place: Tensor, own: Tensor
+    ) -> Tensor:
+        """Return the derivatives of a chunk's spectra, ``(n_entries, n_features, 3)``.
+
+        Parameters
+        ----------
+        environments, bounds
+            The pairs, and which of them; see :func:`tlmc.descriptors.base.chunks`.
+        keys
+            Number of the centre in the chunk times that of atoms, plus atom, of every entry.
+        place, own
+            The entry of every pair, and that of every centre as an atom.
+        """
+        first, last, begin, end = bounds
+        n_atoms = sum(environments.sizes)
+        centre, neighbour = environments.centre[begin:end] - first, environments.neighbour[begin:end]
+        functions, sides, slot = self._pair_factors(environments, bounds, self._coefficients(environments, *bounds))
+        # a centre and its own images move together; other atoms' images add up before the product
+        pairs = torch.nonzero(neighbour != environments.atoms[first:last][centre]).squeeze(1)
+        counts = torch.bincount(place[pairs], minlength=len(keys))
+        key, order = torch.sort(place[pairs], stable=True)
+        image = torch.arange(len(pairs)) - (torch.cumsum(counts, 0) - counts)[key]
+        images = torch.full((len(keys), max(int(counts.max()), 1)), -1)
+        images[key, image] = slot[pairs[order]]
+        species = torch.full((len(keys),), -1)
+        species[key] = environments.neighbour_species[begin:end][pairs[order]]
+        values = environments.vectors.new_zeros(len(keys), self.n_features, 3)
+        for channel in range(len(self.species)):
+            mine = torch.nonzero(species == channel).squeeze(1)
+            which = images[mine]
+            left = functions[which] * (which >= 0)[:, :, None, None, None]
+            left, right = left.permute(0, 2, 3, 1, 4).flatten(3), sides[which].transpose(1, 2).flatten(2, 3)
+            moved = (left @ right).unflatten(3, (-1, 3))
+            values.index_copy_(0, mine, self._feature_slopes(moved, channel))
+        total = values.new_zeros(last - first, self.n_features, 3).index_add_(0, keys // n_atoms, values)
+        values.index_copy_(0, own, -total)
+        return values
 
     def _feature_slopes(self, moved: Tensor, channel: int) -> Tensor:
         """Return ``c dc + dc c`` in the order of the features, where ``dc`` has functions of one element only.

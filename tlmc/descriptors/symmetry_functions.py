@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tlmc.descriptors import kernels
 from tlmc.descriptors.base import Environments, LocalDescriptor, SparseJacobian, chunks, gather_slopes
 from tlmc.errors import ConfigError
 
@@ -119,6 +120,9 @@ class SymmetryFunctions(LocalDescriptor):
 
     def values(self, environments: Environments) -> Tensor:
         """Return the functions, ``(n_centres, n_features)``, differentiable (twice) in ``environments.vectors``."""
+        if kernels.can_serve(environments):
+            functions = self.radial, (*self.angular, *self.angular_wide), len(self.angular)
+            return kernels.symmetry_values(environments, len(self.species), self.n_features, self.r_cut, *functions)
         distances = torch.linalg.vector_norm(environments.vectors, dim=1)
         cutoff, _ = _cosine_cutoff(distances, self.r_cut)
         n_centres, n_species = len(environments.species), len(self.species)

@@ -2,30 +2,13 @@
 
 A task runs its small matrix products on one thread while its arrays stay in that core's cache, and the element-wise
 work between two products is one pass. Every result is written by one task, so the numbers do not depend on the number
-of threads. Compiled by kernels.py, once with REAL float and once with double. Arrays are row-major. */
+of threads. Compiled by kernels.py, once with real numbers of type float and once of type double. Arrays are row-major. */
 
-#include <math.h>
+#include "compiled.h"
 #include <omp.h>
-#include <string.h>
 
 #define BLOCK 16
 #define MAX_LAYERS 8
-
-#if IS_DOUBLE
-typedef double real;
-typedef unsigned long long bits;
-#define MANTISSA 52
-#define DEGREE 13
-#define LOWEST -700.0
-#define SQRT sqrt
-#else
-typedef float real;
-typedef unsigned int bits;
-#define MANTISSA 23
-#define DEGREE 7
-#define LOWEST -87.0f
-#define SQRT sqrtf
-#endif
 
 /* Networks of one element. Hidden layer l keeps, per member, A = [a; h] and D = [y; d], each (2 n_atoms, width). */
 typedef struct {
@@ -40,11 +23,9 @@ typedef struct {
 (inner, WIDTH) and over single elements of A. The matrices here are small enough for the cache, so that only the
 panel, which is read again for every ROWS rows, is worth a copy. */
 #define ROWS 6
-#define VECTOR (32 / sizeof(real))
 #define WIDTH (2 * VECTOR)
 #define MAX_INNER 256
 #define PACK_ABOVE 18 /* rows that make the copy of a panel worth while */
-typedef real vector __attribute__((vector_size(32), aligned(sizeof(real))));
 
 /* tile (rows, WIDTH) += A panel; A has element (i, k) at i * row_step + k * inner_step. */
 static inline __attribute__((always_inline)) void tile_product(int rows, long inner, const real *A, long row_step,
@@ -116,28 +97,6 @@ static void gemm(char transpose_a, char transpose_b, long rows, long columns, lo
         product(columns, rows, inner, B, ldb, 1, A, A_inner, A_row, C, 1, ldc);
     else
         product(rows, columns, inner, A, A_row, A_inner, B, ldb, 1, C, ldc, 1);
-}
-
-/* exp(x) for x <= 0 as 2^k exp(r), |r| <= ln(2)/2: k in the low bits of a large sum, exp(r) by its Taylor series.
-NaN stays NaN. */
-static inline real exponential(real x) {
-    const real large = (real)1.5 * (real)((bits)1 << MANTISSA);
-    x = x < LOWEST ? LOWEST : x;
-    real shifted = x * (real)M_LOG2E + large, k = shifted - large;
-#if IS_DOUBLE
-    real r = (x - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10, p = 1;
-#else
-    real r = (x - k * 0.693359375f) + k * 2.12194440e-4f, p = 1;
-#endif
-    for (int i = DEGREE; i > 0; i--) p = 1 + p * r * (real)(1.0 / i);
-    bits power;
-    real scale, one = 1;
-    bits unit;
-    memcpy(&power, &shifted, sizeof power);
-    memcpy(&unit, &one, sizeof unit);
-    power = (power << MANTISSA) + unit;
-    memcpy(&scale, &power, sizeof scale);
-    return p * scale;
 }
 
 /* Slope of CELU from its value: exp(z / alpha) = a / alpha + 1 below zero. The sum rounds to zero or a little below for

@@ -1,30 +1,22 @@
-"""The compiled sweeps (``kernels.c``): built with the machine's C compiler in about a second, once per machine.
+"""The compiled sweeps (``kernels.c``).
 
 The same mathematics is written with torch operations in :mod:`tlmc.training.engine`, which serves other devices and
-machines without a compiler, and which the tests compare with. ``TLMC_KERNELS=off`` asks for it.
+machines without a compiler, and which the tests compare with.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
-from ctypes import POINTER, c_double, c_int, c_long, c_void_p
+from ctypes import POINTER, c_double, c_float, c_int, c_long, c_void_p
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tlmc import paths
-from tlmc.errors import ConfigError
-from tlmc.files import atomic_path
+from tlmc import compiled
 from tlmc.potentials.model import Layer
 from tlmc.potentials.network import CELU_ALPHA
 from tlmc.training.optimizer import BETA1, BETA2, EPS, Update
@@ -35,8 +27,6 @@ if TYPE_CHECKING:
 MAX_LAYERS = 8
 """Affine layers per network that the compiled sweeps have room for."""
 _SOURCE = Path(__file__).with_name("kernels.c")
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
-_LOG = logging.getLogger(__name__)
 
 
 class Net(ctypes.Structure):
@@ -71,40 +61,18 @@ class AdamW(ctypes.Structure):
     ]
 
 
-class Kernels:
-    """The compiled functions for one precision; see kernels.c for their arguments."""
-
-    def __init__(self, library: Path, dtype: torch.dtype) -> None:
-        self._real = ctypes.c_double if dtype == torch.float64 else ctypes.c_float
-        self._library = ctypes.CDLL(str(library))
-        real, pointer = self._real, c_void_p
-        nets, structures = [POINTER(Net)] + [c_long] * 4, [POINTER(Sparse), c_long, c_long, pointer]
-        for name, arguments in {
-            "forward": [*nets, c_long, pointer, real, real, pointer, pointer, pointer, c_int],
-            "reverse": [*nets, pointer, pointer, real, real, pointer, c_long, c_long, POINTER(AdamW), c_int],
-            "adamw_without_gradient": [POINTER(AdamW), pointer, c_long, c_int],
-            "jacobian_transposed": [*structures, pointer, pointer, c_int],
-            "jacobian": [*structures, pointer, pointer, c_int],
-        }.items():
-            function = getattr(self._library, name)
-            function.argtypes, function.restype = arguments, None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._library, name)
-
-
 class CompiledSweeps:
     """The compiled counterpart of :class:`tlmc.training.engine.TorchSweeps`, with the same methods."""
 
     def __init__(
         self,
-        compiled: Kernels,
+        functions: ctypes.CDLL,
         layers: Mapping[int, Sequence[Layer]],
         slots: Mapping[int, Sequence[Layer]],
         trainable: Sequence[bool],
         factor: float,
     ) -> None:
-        self._c, self._factor, self._layers, self._trainable = compiled, factor, layers, tuple(trainable)
+        self._c, self._factor, self._layers, self._trainable = functions, factor, layers, tuple(trainable)
         self._templates = {}
         for k, parts in layers.items():
             widths = [part.bias.shape[-1] for part in parts]
@@ -222,45 +190,16 @@ def _pointers(tensors: Sequence[Tensor | None]) -> Any:
 
 
 @functools.cache
-def kernels(dtype: torch.dtype) -> Kernels | None:
-    """Return the compiled functions, or None, with a warning, where they cannot be had.
-
-    Raises
-    ------
-    ConfigError
-        If ``TLMC_KERNELS`` is neither ``on`` nor ``off``.
-    """
-    wanted = os.environ.get("TLMC_KERNELS", "on")
-    if wanted not in ("on", "off"):
-        raise ConfigError(f"TLMC_KERNELS must be on or off, got {wanted!r}")
-    if wanted == "off":
-        return None
-    try:
-        return Kernels(_compile(dtype), dtype)
-    except (OSError, subprocess.CalledProcessError, AttributeError) as error:
-        detail = getattr(error, "stderr", "") or error
-        _LOG.warning("training goes on without the compiled kernels, up to twice slower: %s", detail)
-        return None
-
-
-def _compile(dtype: torch.dtype) -> Path:
-    """Compile the source for this machine unless that was done before; return the library."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise FileNotFoundError("there is no C compiler: install one (gcc, clang) or set CC")
-    command = [compiler, *_FLAGS, f"-DIS_DOUBLE={int(dtype == torch.float64)}"]
-    key = hashlib.sha256(_SOURCE.read_bytes() + " ".join([*command, _processor()]).encode())
-    library = paths.cache_dir() / "kernels" / f"{key.hexdigest()[:24]}.so"
-    if not library.exists():
-        with atomic_path(library) as temporary:
-            subprocess.run([*command, str(_SOURCE), "-o", str(temporary)], check=True, capture_output=True, text=True)
-    return library
-
-
-def _processor() -> str:
-    """Return what ``-march=native`` depends on: a cache folder may be shared by different machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except FileNotFoundError:
-        return platform.processor() or platform.machine()
-    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """Return the compiled functions for one precision, see kernels.c, or None; see :func:`tlmc.compiled.load`."""
+    real, pointer = (c_double if dtype == torch.float64 else c_float), c_void_p
+    nets, structures = [POINTER(Net)] + [c_long] * 4, [POINTER(Sparse), c_long, c_long, pointer]
+    functions = {
+        "forward": [*nets, c_long, pointer, real, real, pointer, pointer, pointer, c_int],
+        "reverse": [*nets, pointer, pointer, real, real, pointer, c_long, c_long, POINTER(AdamW), c_int],
+        "adamw_without_gradient": [POINTER(AdamW), pointer, c_long, c_int],
+        "jacobian_transposed": [*structures, pointer, pointer, c_int],
+        "jacobian": [*structures, pointer, pointer, c_int],
+    }
+    loss = "training goes on without the compiled kernels, up to twice slower"
+    return compiled.load(_SOURCE, dtype, functions, loss)

@@ -1,0 +1,204 @@
+"""The compiled sums over neighbours (``kernels.c``): what torch does in a hundred calls is one pass here.
+
+They give float64 numbers without a history. What is to be differentiated, other precisions, and machines without a
+compiler take the torch operations in :mod:`tlmc.descriptors.soap` and :mod:`tlmc.descriptors.symmetry_functions`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from ctypes import POINTER, c_double, c_int, c_long, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from tlmc import compiled
+from tlmc.descriptors.base import Environments
+from tlmc.descriptors.radial import RadialBasis
+
+_SOURCE = Path(__file__).with_name("kernels.c")
+
+
+class _Soap(ctypes.Structure):
+    """``Soap`` of kernels.c."""
+
+    _fields_ = [
+        *((name, c_long) for name in ("n_species", "l_max", "n_max", "n_terms")),
+        *((name, c_double) for name in ("r_cut", "reach")),
+        *((name, c_void_p) for name in ("radial", "slopes", "mixing", "own")),
+        *((name, c_void_p) for name in ("starts", "neighbour_species", "species", "vectors")),
+    ]
+
+
+class _Symmetry(ctypes.Structure):
+    """``Symmetry`` of kernels.c."""
+
+    _fields_ = [
+        *((name, c_long) for name in ("n_species", "n_radial", "n_near", "n_angular")),
+        ("r_cut", c_double),
+        *((name, c_void_p) for name in ("radial", "angular", "starts", "neighbour_species", "vectors")),
+    ]
+
+
+@functools.cache
+def kernels() -> ctypes.CDLL | None:
+    """Return the compiled functions, or None; see :func:`tlmc.compiled.load`."""
+    pointer, n = c_void_p, c_long
+    functions = {
+        "soap_values": [POINTER(_Soap), n, pointer, n, pointer, pointer, c_int],
+        "soap_slopes": [POINTER(_Soap), n, pointer, pointer, pointer, pointer, n, pointer, pointer, c_int],
+        "symmetry_values": [POINTER(_Symmetry), n, n, n, pointer, pointer, c_int],
+    }
+    loss = "descriptors go on without the compiled kernels, several times slower for small structures"
+    library = compiled.load(_SOURCE, torch.float64, functions, loss)
+    if library is not None:
+        library.soap_room.argtypes, library.symmetry_room.argtypes = [POINTER(_Soap)], [POINTER(_Symmetry), n]
+        library.soap_room.restype = library.symmetry_room.restype = n
+    return library
+
+
+def can_serve(environments: Environments) -> bool:
+    """Tell whether compiled functions are there and may be used: float64 numbers, and nothing is to be differentiated.
+
+    Parameters
+    ----------
+    environments
+        What a descriptor is asked about.
+    """
+    vectors = environments.vectors
+    if vectors.dtype != torch.float64 or vectors.device.type != "cpu":
+        return False
+    if vectors.requires_grad and torch.is_grad_enabled() or forward_ad.unpack_dual(vectors).tangent is not None:
+        return False
+    return kernels() is not None
+
+
+class SoapSums:
+    """The compiled counterpart of what :class:`tlmc.descriptors.soap.SOAP` computes of some environments.
+
+    Parameters
+    ----------
+    environments
+        For which :func:`can_serve` is true.
+    n_species, n_features
+        Number of elements with channels, and length of a row.
+    radial
+        The radial functions.
+    r_cut
+        Of the cosine cutoff, Angstrom; 0 for none.
+    """
+
+    def __init__(
+        self, environments: Environments, n_species: int, n_features: int, radial: RadialBasis, r_cut: float
+    ) -> None:
+        self._n_features, self._species = n_features, environments.species
+        self._starts = starts(environments)
+        # a row of radial functions is filled up to a multiple of four
+        tables = (radial.table, radial.slope_table, radial.mixing.transpose(1, 2))
+        filled = [torch.nn.functional.pad(table, (0, -radial.n_max % 4)) for table in tables]
+        others = [radial.own, environments.neighbour_species, environments.vectors]
+        names = ("radial", "slopes", "mixing", "own", "neighbour_species", "vectors")
+        # held for as long as their addresses are
+        self._tensors = dict(zip(names, (tensor.contiguous() for tensor in (*filled, *others)), strict=True))
+        n_terms = len(radial.table) if radial.table.ndim == 3 else 0
+        self._sizes = {"n_species": n_species, "l_max": radial.l_max, "n_max": radial.n_max, "n_terms": n_terms}
+        self._lengths = {"r_cut": r_cut, "reach": radial.reach}
+
+    def values(self, rows: Tensor) -> Tensor:
+        """Return power spectra, ``(n_rows, n_features)``.
+
+        Parameters
+        ----------
+        rows
+            Row r is the spectrum of the mean coefficients of the centres ``rows[r] ... rows[r + 1]``, int64, shape
+            ``(n_rows + 1,)``.
+        """
+        n_rows = len(rows) - 1
+        result = torch.empty(n_rows, self._n_features, dtype=torch.float64)
+        soap, room, threads = self._prepared(0, n_rows)
+        _library().soap_values(
+            soap, n_rows, rows.data_ptr(), self._n_features, room.data_ptr(), result.data_ptr(), threads
+        )
+        return result
+
+    def slopes(self, first: int, entries: Tensor, own: Tensor, image_starts: Tensor, images: Tensor) -> Tensor:
+        """Return the derivatives of some centres' spectra, ``(n_entries, n_features, 3)``.
+
+        Parameters
+        ----------
+        first
+            The first of these centres.
+        entries
+            First entry of every centre, and their number: an entry is an atom that acts on the centre.
+        own
+            The entry of the centre itself, which its own images move with.
+        image_starts, images
+            The pairs that lead to the atom of entry e are ``images[image_starts[e]] ... images[image_starts[e + 1]]``.
+        """
+        n_rows = len(own)
+        result = torch.empty(len(image_starts) - 1, self._n_features, 3, dtype=torch.float64)
+        soap, room, threads = self._prepared(first, n_rows)
+        lists = (tensor.data_ptr() for tensor in (entries, own, image_starts, images))
+        _library().soap_slopes(soap, n_rows, *lists, self._n_features, room.data_ptr(), result.data_ptr(), threads)
+        return result
+
+    def _prepared(self, first: int, n_rows: int) -> tuple[_Soap, Tensor, int]:
+        """Return what the centres from `first` on are told by, room for the threads, and the number of these."""
+        addresses = {name: tensor.data_ptr() for name, tensor in self._tensors.items()}
+        centres = {"starts": self._starts[first:].data_ptr(), "species": self._species[first:].data_ptr()}
+        soap = _Soap(**self._sizes, **self._lengths, **addresses, **centres)
+        threads = max(1, min(torch.get_num_threads(), n_rows))
+        return soap, torch.empty(threads * _library().soap_room(soap), dtype=torch.float64), threads
+
+
+def symmetry_values(
+    environments: Environments,
+    n_species: int,
+    n_features: int,
+    r_cut: float,
+    radial: Sequence[tuple[float, float]],
+    angular: Sequence[tuple[float, float, float]],
+    n_near: int,
+) -> Tensor:
+    """Return symmetry functions, ``(n_centres, n_features)``.
+
+    Parameters
+    ----------
+    environments
+        For which :func:`can_serve` is true.
+    n_species, n_features
+        Number of elements with channels, and length of a row.
+    r_cut
+        Cutoff in Angstrom.
+    radial, angular
+        ``(eta, r_s)`` of every G2, and ``(eta, zeta, lambda_)`` of every G4, then of every G5.
+    n_near
+        How many of `angular` are G4.
+    """
+    n_centres, first_pairs = len(environments.species), starts(environments)
+    most = int(first_pairs.diff().max())
+    parameters = [torch.tensor(functions, dtype=torch.float64) for functions in (radial, angular)]
+    pairs = [environments.neighbour_species.contiguous(), environments.vectors.contiguous()]
+    addresses = (tensor.data_ptr() for tensor in (*parameters, first_pairs, *pairs))
+    symmetry = _Symmetry(n_species, len(radial), n_near, len(angular), r_cut, *addresses)
+    threads = max(1, min(torch.get_num_threads(), n_centres))
+    room = torch.empty(threads * _library().symmetry_room(symmetry, most), dtype=torch.float64)
+    result = torch.empty(n_centres, n_features, dtype=torch.float64)
+    _library().symmetry_values(symmetry, n_centres, most, n_features, room.data_ptr(), result.data_ptr(), threads)
+    return result
+
+
+def starts(environments: Environments) -> Tensor:
+    """Return the first pair of every centre, and the number of pairs, int64, shape ``(n_centres + 1,)``."""
+    return torch.searchsorted(environments.centre, torch.arange(len(environments.species) + 1))
+
+
+def _library() -> ctypes.CDLL:
+    library = kernels()
+    if library is None:
+        raise RuntimeError("the compiled functions are missing: ask can_serve first")
+    return library
