@@ -190,6 +190,11 @@ class LocalDescriptor(Descriptor):
         """Whether a row describes a whole structure."""
         return False
 
+    def dense_jacobian(self, environments: Environments) -> Tensor:
+        """Return the derivatives with respect to all atoms, ``(n_rows, n_features, n_atoms, 3)``."""
+        n_rows = len(environments.sizes) if self.averaged else len(environments.species)
+        return self.jacobian(environments).dense(n_rows, sum(environments.sizes))
+
     def environments(self, structures: Structures, centers: Centers = None) -> Environments:
         """List the neighbours of the centres, periodic images included.
 
@@ -244,8 +249,7 @@ class LocalDescriptor(Descriptor):
         results = []
         for frame, wanted in zip(frames, center_lists(structures, centers), strict=True):
             environments = self.environments(frame, None if centers is None else wanted.tolist())
-            jacobian = self.jacobian(environments)
-            result = jacobian.dense(1 if self.averaged else len(wanted), len(frame))
+            result = self.dense_jacobian(environments)
             results.append(result[0] if self.averaged else result)
         return results[0] if isinstance(structures, Atoms) else results
 

@@ -57,9 +57,14 @@ static void place(Block *b, long l_max, double *room) {
 /* Fill a block with `count` pairs; unused lanes get the unit vector along z. */
 static void fill(Block *b, long l_max, const double *vectors, const long *pairs, long first, long count) {
     for (long i = 0; i < LANES; i++) {
-        const double along[3] = {0, 0, 1}, *v = i < count ? vectors + 3 * (pairs ? pairs[first + i] : first + i) : along;
-        const double d = sqrt(v[0] * v[0] + v[1] * v[1] + v[2] * v[2]);
-        b->d[i] = d, b->x[i] = v[0] / d, b->y[i] = v[1] / d, b->z[i] = v[2] / d;
+        const long pair = i >= count ? 0 : pairs ? pairs[first + i] : first + i;
+        const double along[3] = {0, 0, 1}, *v = i < count ? vectors + 3 * pair : along;
+        b->x[i] = v[0], b->y[i] = v[1], b->z[i] = v[2];
+    }
+#pragma omp simd
+    for (long i = 0; i < LANES; i++) {
+        const double d = sqrt(b->x[i] * b->x[i] + b->y[i] * b->y[i] + b->z[i] * b->z[i]);
+        b->d[i] = d, b->x[i] /= d, b->y[i] /= d, b->z[i] /= d;
     }
     const long step = l_max + 2;
     for (long m = 0; m <= l_max; m++) {
@@ -131,13 +136,14 @@ static void mix(const Soap *s, long l, const double *from, double *to) {
     }
 }
 
-static long coefficients_room(const Soap *s) {
-    const long L = s->l_max + 1, W = padded(s->n_max);
-    return L * L * s->n_species * W + L * W + W + block_room(s->l_max);
+/* Doubles of room that one thread needs: c, what moves it, and what functions need besides. */
+long soap_room(const Soap *s) {
+    const long L = s->l_max + 1, W = padded(s->n_max), Q = s->n_species * W;
+    return L * L * Q + 3 * L * s->n_max * Q + block_room(s->l_max) + 2 * (L + 1) * W + 8 * L + 6 * Q;
 }
 
 /* c (order, species, W), orders l^2 (m = 0), l^2 + 2 m - 1 (A_m), l^2 + 2 m (B_m): the mean over some centres, times
-u_lm or its square root. */
+u_lm or its square root. Room for (L + 1) W doubles and a block. */
 static void coefficients(const Soap *s, long first, long last, int root, double *c, double *room) {
     const long L = s->l_max + 1, W = padded(s->n_max), step = s->n_species * W;
     double *f = room, *mixed = f + L * W;
@@ -178,14 +184,9 @@ static void coefficients(const Soap *s, long first, long last, int root, double 
     }
 }
 
-/* Doubles of room that one thread needs. */
-long soap_room(const Soap *s) {
-    const long L = s->l_max + 1, W = padded(s->n_max), Q = s->n_species * W;
-    return coefficients_room(s) + L * L * Q + 4 * L * W + 8 * L + 6 * Q + 3 * L * s->n_max * Q;
-}
-
 /* Power spectra; row r is that of the mean coefficients of the centres rows[r] ... rows[r + 1]. */
-void soap_values(const Soap *s, long n_rows, const long *rows, long n_features, double *room, double *out, int threads) {
+void soap_values(const Soap *s, long n_rows, const long *rows, long n_features, double *room, double *out,
+                 int threads) {
     const long L = s->l_max + 1, W = padded(s->n_max), step = s->n_species * W, size = soap_room(s);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (long r = 0; r < n_rows; r++) {
@@ -213,22 +214,23 @@ void soap_values(const Soap *s, long n_rows, const long *rows, long n_features, 
 
 /* moved[l][n][q][x] += sum_m u_lm c_q dc_n/dx, where the neighbour at lane i of a block moves and c of its own element
 changes. A move along the bond changes the radial factor, one across it the harmonics, whose polynomials have the slopes
-dA_m/dx = m A_m-1 = dB_m/dy and dB_m/dx = m B_m-1 = -dA_m/dy. c holds u_lm c, room 4 L W + 8 L + 6 Q doubles. */
+dA_m/dx = m A_m-1 = dB_m/dy and dB_m/dx = m B_m-1 = -dA_m/dy. c holds u_lm c. Room for 2 (L + 1) W + 8 L +
+6 n_species W doubles. */
 static void move(const Soap *s, const Block *b, long i, const double *c, double *moved, double *room) {
     const long L = s->l_max + 1, W = padded(s->n_max), step = s->n_species * W;
     double *f = room, *slope = f + L * W, *along = slope + L * W, *across = along + W;
-    double(*harmonics)[4] = (double(*)[4])(across + W), *outward = (double *)(harmonics + 2 * L), *around = outward + 3 * step;
+    double(*harmonics)[4] = (double(*)[4])(across + W);
+    double *outward = (double *)(harmonics + 2 * L), *around = outward + 3 * step;
     const double u[3] = {b->x[i], b->y[i], b->z[i]}, over = 1 / b->d[i];
     radial_functions(s, b->d[i], f, slope);
     for (long k = 0; k < L * W; k++) f[k] *= over;
     for (long l = 0; l < L; l++, c += (2 * l - 1) * step) {
         for (long k = 0; k <= 2 * l; k++) {
             const long m = (k + 1) / 2, is_b = k && k % 2 == 0;
-            const double P = b->Q[l * (L + 1) + m][i], below = m ? m * P : 0, A = m ? b->A[m - 1][i] : 0, B = m ? b->B[m - 1][i] : 0;
-            const double own = (is_b ? b->B : b->A)[m][i];
+            const double own = (is_b ? b->B : b->A)[m][i], *Q = &b->Q[l * (L + 1) + m][i];
+            const double A = m ? m * b->A[m - 1][i] : 0, B = m ? m * b->B[m - 1][i] : 0;
             double *h = harmonics[k];
-            h[0] = own * P, h[1] = below * (is_b ? B : A), h[2] = below * (is_b ? A : -B);
-            h[3] = own * b->Q[l * (L + 1) + m + 1][i];
+            h[0] = own * Q[0], h[1] = (is_b ? B : A) * Q[0], h[2] = (is_b ? A : -B) * Q[0], h[3] = own * Q[LANES];
         }
         for (long q = 0; q < step; q += VECTOR) {
             vector sum[4] = {{0}};
@@ -239,7 +241,8 @@ static void move(const Soap *s, const Block *b, long i, const double *c, double 
             const vector radial = u[0] * sum[1] + u[1] * sum[2] + u[2] * sum[3];
             for (int x = 0; x < 3; x++) {
                 const vector out = u[x] * sum[0], turn = sum[x + 1] - u[x] * radial;
-                for (unsigned j = 0; j < VECTOR; j++) outward[3 * (q + j) + x] = out[j], around[3 * (q + j) + x] = turn[j];
+                for (unsigned j = 0; j < VECTOR; j++)
+                    outward[3 * (q + j) + x] = out[j], around[3 * (q + j) + x] = turn[j];
             }
         }
         mix(s, l, slope + l * W, along);
@@ -263,7 +266,8 @@ static void feature_slopes(const Soap *s, long s0, const double *moved, double *
             }
             for (long l = 0; l < L; l++)
                 for (long n1 = 0; n1 < N; n1++) {
-                    const double *first = moved + (l * N + n1) * row + 3 * s2 * W, *second = moved + l * N * row + 3 * (s1 * W + n1);
+                    const double *first = moved + (l * N + n1) * row + 3 * s2 * W;
+                    const double *second = moved + l * N * row + 3 * (s1 * W + n1);
                     for (long n2 = same ? n1 : 0; n2 < N; n2++)
                         for (int x = 0; x < 3; x++)
                             *out++ = (s1 == s0 ? first[3 * n2 + x] : 0) + (s2 == s0 ? second[n2 * row + x] : 0);
@@ -271,16 +275,16 @@ static void feature_slopes(const Soap *s, long s0, const double *moved, double *
         }
 }
 
-/* Derivatives of the power spectra of single centres with respect to the atoms that act on them, (n_entries, n_features,
-3). Entries of centre r are entries[r] ... entries[r + 1], that of the centre itself is own[r]; the atom of entry e is
-the neighbour of the pairs images[starts[e]] ... images[starts[e + 1]]. A centre and its own images move together. */
+/* Derivatives of the power spectra of single centres with respect to atoms, (n_entries, n_features, 3). Those of row r
+are entries[r] ... entries[r + 1], that of the centre itself is own[r]. The pairs images[starts[e]] ...
+images[starts[e + 1]], if there are any, lead to the atom of entry e. A centre and its own images move together. */
 void soap_slopes(const Soap *s, long n_rows, const long *entries, const long *own, const long *starts,
                  const long *images, long n_features, double *room, double *out, int threads) {
     const long L = s->l_max + 1, W = padded(s->n_max), step = s->n_species * W, size = soap_room(s);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (long r = 0; r < n_rows; r++) {
-        double *c = room + omp_get_thread_num() * size, *moved = c + L * L * step, *rest = moved + 3 * L * s->n_max * step;
-        double *total = out + own[r] * 3 * n_features;
+        double *c = room + omp_get_thread_num() * size, *moved = c + L * L * step;
+        double *rest = moved + 3 * L * s->n_max * step, *total = out + own[r] * 3 * n_features;
         coefficients(s, r, r + 1, 0, c, rest);
         memset(total, 0, 3 * n_features * sizeof(double));
         Block b;
@@ -289,6 +293,10 @@ void soap_slopes(const Soap *s, long n_rows, const long *entries, const long *ow
         for (long e = entries[r]; e < entries[r + 1]; e++) {
             if (e == own[r]) continue;
             double *p = out + e * 3 * n_features;
+            if (starts[e] == starts[e + 1]) {
+                memset(p, 0, 3 * n_features * sizeof(double));
+                continue;
+            }
             memset(moved, 0, 3 * L * s->n_max * step * sizeof(double));
             for (long begin = starts[e]; begin < starts[e + 1]; begin += LANES) {
                 const long count = starts[e + 1] - begin < LANES ? starts[e + 1] - begin : LANES;
@@ -327,12 +335,14 @@ static inline void add_power(const double *half, double zeta, const double *weig
 }
 
 /* G2, then G4 and G5, of every centre. */
-void symmetry_values(const Symmetry *s, long n_centres, long most, long n_features, double *room, double *out, int threads) {
+void symmetry_values(const Symmetry *s, long n_centres, long most, long n_features, double *room, double *out,
+                     int threads) {
     const long S = s->n_species, size = symmetry_room(s, most), places = most + LANES;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (long centre = 0; centre < n_centres; centre++) {
-        double *x = room + omp_get_thread_num() * size, *y = x + places, *z = y + places, *d = z + places, *over = d + places,
-               *f = over + places, (*sums)[LANES] = (double(*)[LANES])(f + places), *to = out + centre * n_features;
+        double *x = room + omp_get_thread_num() * size, *y = x + places, *z = y + places, *d = z + places;
+        double *over = d + places, *f = over + places, *to = out + centre * n_features;
+        double(*sums)[LANES] = (double(*)[LANES])(f + places);
         /* the neighbours by element */
         long ends[S + 1], count = 0;
         ends[0] = 0;
@@ -362,13 +372,14 @@ void symmetry_values(const Symmetry *s, long n_centres, long most, long n_featur
                 for (long j = ends[high]; j < ends[high + 1]; j++)
                     for (long begin = low == high ? j + 1 : ends[low]; begin < ends[low + 1]; begin += LANES) {
                         double wide[LANES], apart[LANES], near[LANES], weight[LANES], half[2][LANES], gaussian[LANES];
+                        const long end = ends[low + 1];
 #pragma omp simd
                         for (int i = 0; i < LANES; i++) {
                             const long k = begin + i;
                             const double gx = x[j] - x[k], gy = y[j] - y[k], gz = z[j] - z[k];
                             const double cosine = (x[j] * x[k] + y[j] * y[k] + z[j] * z[k]) * over[j] * over[k];
                             const double square = gx * gx + gy * gy + gz * gz, t = sqrt(square) / s->r_cut;
-                            weight[i] = k < ends[low + 1] ? f[j] * f[k] : 0;
+                            weight[i] = f[j] * f[k] * (double)(k < end);
                             wide[i] = d[j] * d[j] + d[k] * d[k], apart[i] = wide[i] + square;
                             near[i] = weight[i] * cutoff(t < 1 ? t : 1);
                             half[0][i] = cosine > -1 ? 0.5 + 0.5 * cosine : 0;

@@ -125,25 +125,32 @@ class SoapSums:
         )
         return result
 
-    def slopes(self, first: int, entries: Tensor, own: Tensor, image_starts: Tensor, images: Tensor) -> Tensor:
+    def slopes(self, bounds: tuple[int, int, int, int], rows: Tensor, place: Tensor, own: Tensor) -> Tensor:
         """Return the derivatives of some centres' spectra, ``(n_entries, n_features, 3)``.
 
         Parameters
         ----------
-        first
-            The first of these centres.
-        entries
-            First entry of every centre, and their number: an entry is an atom that acts on the centre.
+        bounds
+            First and last centre, first and last pair; see :func:`tlmc.descriptors.base.chunks`.
+        rows
+            The centre of every entry, counted from the first, ascending: an entry is an atom that may act on a centre.
+        place
+            The entry of the atom that a pair leads to, for every pair.
         own
-            The entry of the centre itself, which its own images move with.
-        image_starts, images
-            The pairs that lead to the atom of entry e are ``images[image_starts[e]] ... images[image_starts[e + 1]]``.
+            The entry of every centre as an atom, which its own images move with.
         """
-        n_rows = len(own)
-        result = torch.empty(len(image_starts) - 1, self._n_features, 3, dtype=torch.float64)
-        soap, room, threads = self._prepared(first, n_rows)
+        first, last, begin, _ = bounds
+        # the pairs by entry: images of one atom follow each other
+        ordered, images = torch.sort(place, stable=True)
+        images += begin
+        image_starts = torch.searchsorted(ordered, torch.arange(len(rows) + 1))
+        entries = torch.searchsorted(rows, torch.arange(last - first + 1))
+        result = torch.empty(len(rows), self._n_features, 3, dtype=torch.float64)
+        soap, room, threads = self._prepared(first, last - first)
         lists = (tensor.data_ptr() for tensor in (entries, own, image_starts, images))
-        _library().soap_slopes(soap, n_rows, *lists, self._n_features, room.data_ptr(), result.data_ptr(), threads)
+        _library().soap_slopes(
+            soap, last - first, *lists, self._n_features, room.data_ptr(), result.data_ptr(), threads
+        )
         return result
 
     def _prepared(self, first: int, n_rows: int) -> tuple[_Soap, Tensor, int]:

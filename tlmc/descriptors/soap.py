@@ -180,6 +180,18 @@ class SOAP(LocalDescriptor):
             total.index_add_(0, atoms, values / counts[environments.structures[rows], None, None])
         return SparseJacobian(_structure_of_atoms(environments), torch.arange(n_atoms), total)
 
+    def dense_jacobian(self, environments: Environments) -> Tensor:
+        """Return the derivatives with respect to all atoms; see the base class."""
+        if self.averaged or not kernels.can_serve(environments):
+            return super().dense_jacobian(environments)
+        # an entry for every atom, also for those that are too far away
+        n_rows, n_pairs, n_atoms = len(environments.species), len(environments.centre), sum(environments.sizes)
+        place = environments.centre * n_atoms + environments.neighbour
+        rows = torch.arange(n_rows)
+        entries = rows.repeat_interleave(n_atoms), place, rows * n_atoms + environments.atoms
+        values = self._sums(environments).slopes((0, n_rows, 0, n_pairs), *entries)
+        return values.view(n_rows, n_atoms, -1, 3).transpose(1, 2)
+
     def _sums(self, environments: Environments) -> kernels.SoapSums:
         r_cut = self.r_cut if self.cutoff == "cosine" else 0.0
         return kernels.SoapSums(environments, len(self.species), self.n_features, self.radial, r_cut)
@@ -308,10 +320,7 @@ class SOAP(LocalDescriptor):
             if sums is None:
                 values = self._slopes(environments, bounds, keys, place, own)
             else:
-                ordered, images = torch.sort(place, stable=True)
-                image_starts = torch.searchsorted(ordered, torch.arange(len(keys) + 1))
-                entries = torch.searchsorted(keys, torch.arange(last - first + 1) * n_atoms)
-                values = sums.slopes(first, entries, own, image_starts, images + begin)
+                values = sums.slopes(bounds, keys // n_atoms, place, own)
             yield keys // n_atoms + first, keys % n_atoms, values
 
     def _slopes(

@@ -194,7 +194,7 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     """Return the compiled functions for one precision, see kernels.c, or None; see :func:`tlmc.compiled.load`."""
     real, pointer = (c_double if dtype == torch.float64 else c_float), c_void_p
     nets, structures = [POINTER(Net)] + [c_long] * 4, [POINTER(Sparse), c_long, c_long, pointer]
-    functions = {
+    functions: dict[str, list[Any]] = {
         "forward": [*nets, c_long, pointer, real, real, pointer, pointer, pointer, c_int],
         "reverse": [*nets, pointer, pointer, real, real, pointer, c_long, c_long, POINTER(AdamW), c_int],
         "adamw_without_gradient": [POINTER(AdamW), pointer, c_long, c_int],
