@@ -181,12 +181,18 @@ class TestBoth:
         with pytest.MonkeyPatch.context() as patch:
             assert_same(descriptor(frame), with_torch(patch, lambda: descriptor(frame)), tolerance)
 
-    def test_number_of_threads_does_not_change_a_bit(self, name):
-        frame, before, results = ds.structure("benzene"), torch.get_num_threads(), []
+    def test_number_of_threads_does_not_change_a_bit(self, name, monkeypatch):
+        frame, before, results, used = ds.structure("benzene"), torch.get_num_threads(), [], []
+        # also of those that small structures are not worth
+        for least in ("VALUE_PAIRS", "SLOPE_PAIRS", "TRIPLES"):
+            monkeypatch.setattr(kernels, least, 1)
+        threads_of = kernels._threads
+        monkeypatch.setattr(kernels, "_threads", lambda *sizes: (used.append(threads_of(*sizes)), used[-1])[1])
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             results.append((DESCRIPTORS[name][0](frame), DESCRIPTORS[name][0].derivatives(ds.small_cell())))
         torch.set_num_threads(before)
+        assert set(used) == {1, 2, 3}
         for values, slopes in results[1:]:
             assert torch.equal(values, results[0][0])
             if name.startswith("SOAP"):

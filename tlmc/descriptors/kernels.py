@@ -20,6 +20,8 @@ from tlmc import compiled
 from tlmc.descriptors.base import Environments
 from tlmc.descriptors.radial import RadialBasis
 
+VALUE_PAIRS, SLOPE_PAIRS, TRIPLES = 2000, 200, 20_000
+"""What one thread does in a quarter of a millisecond or more: for less, waking another one does not pay."""
 _SOURCE = Path(__file__).with_name("kernels.c")
 
 
@@ -119,7 +121,7 @@ class SoapSums:
         """
         n_rows = len(rows) - 1
         result = torch.empty(n_rows, self._n_features, dtype=torch.float64)
-        soap, room, threads = self._prepared(0, n_rows)
+        soap, room, threads = self._prepared(0, n_rows, len(self._tensors["vectors"]) // VALUE_PAIRS)
         _library().soap_values(
             soap, n_rows, rows.data_ptr(), self._n_features, room.data_ptr(), result.data_ptr(), threads
         )
@@ -139,26 +141,26 @@ class SoapSums:
         own
             The entry of every centre as an atom, which its own images move with.
         """
-        first, last, begin, _ = bounds
+        first, last, begin, end = bounds
         # the pairs by entry: images of one atom follow each other
         ordered, images = torch.sort(place, stable=True)
         images += begin
         image_starts = torch.searchsorted(ordered, torch.arange(len(rows) + 1))
         entries = torch.searchsorted(rows, torch.arange(last - first + 1))
         result = torch.empty(len(rows), self._n_features, 3, dtype=torch.float64)
-        soap, room, threads = self._prepared(first, last - first)
+        soap, room, threads = self._prepared(first, last - first, (end - begin) // SLOPE_PAIRS)
         lists = (tensor.data_ptr() for tensor in (entries, own, image_starts, images))
         _library().soap_slopes(
             soap, last - first, *lists, self._n_features, room.data_ptr(), result.data_ptr(), threads
         )
         return result
 
-    def _prepared(self, first: int, n_rows: int) -> tuple[_Soap, Tensor, int]:
+    def _prepared(self, first: int, n_rows: int, useful: int) -> tuple[_Soap, Tensor, int]:
         """Return what the centres from `first` on are told by, room for the threads, and the number of these."""
         addresses = {name: tensor.data_ptr() for name, tensor in self._tensors.items()}
         centres = {"starts": self._starts[first:].data_ptr(), "species": self._species[first:].data_ptr()}
         soap = _Soap(**self._sizes, **self._lengths, **addresses, **centres)
-        threads = max(1, min(torch.get_num_threads(), n_rows))
+        threads = _threads(n_rows, useful)
         return soap, torch.empty(threads * _library().soap_room(soap), dtype=torch.float64), threads
 
 
@@ -192,7 +194,7 @@ def symmetry_values(
     pairs = [environments.neighbour_species.contiguous(), environments.vectors.contiguous()]
     addresses = (tensor.data_ptr() for tensor in (*parameters, first_pairs, *pairs))
     symmetry = _Symmetry(n_species, len(radial), n_near, len(angular), r_cut, *addresses)
-    threads = max(1, min(torch.get_num_threads(), n_centres))
+    threads = _threads(n_centres, len(environments.centre) * most // 2 // TRIPLES)
     room = torch.empty(threads * _library().symmetry_room(symmetry, most), dtype=torch.float64)
     result = torch.empty(n_centres, n_features, dtype=torch.float64)
     _library().symmetry_values(symmetry, n_centres, most, n_features, room.data_ptr(), result.data_ptr(), threads)
@@ -202,6 +204,10 @@ def symmetry_values(
 def starts(environments: Environments) -> Tensor:
     """Return the first pair of every centre, and the number of pairs, int64, shape ``(n_centres + 1,)``."""
     return torch.searchsorted(environments.centre, torch.arange(len(environments.species) + 1))
+
+
+def _threads(n_rows: int, useful: int) -> int:
+    return max(1, min(torch.get_num_threads(), n_rows, useful))
 
 
 def _library() -> ctypes.CDLL:
