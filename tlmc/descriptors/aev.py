@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import vesin
 from ase import Atoms
+from numpy.typing import NDArray
 from torch import Tensor
 
 BLOCK = 16
@@ -152,15 +153,27 @@ def neighbours(frame: Atoms, r_cut: float, dtype: torch.dtype = torch.float64) -
     dtype
         Precision of the vectors; they are computed in float64 first.
     """
+    i, j, vectors = pair_list(frame, r_cut)
+    return Neighbours(torch.from_numpy(i), torch.from_numpy(j), torch.from_numpy(vectors).to(dtype))
+
+
+def pair_list(frame: Atoms, r_cut: float) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Return what :class:`Neighbours` holds as arrays, for callers to whom the start of every operation matters.
+
+    Parameters
+    ----------
+    frame, r_cut
+        As in :func:`neighbours`.
+    """
     finder = vesin.NeighborList(cutoff=r_cut, full_list=True, sorted=True)
-    # a direction that is not periodic needs no cell vector; completing the cell keeps it invertible for the library
-    cell = np.asarray(frame.cell.complete() if frame.pbc.any() else np.zeros((3, 3)), dtype=np.float64)
-    i, j, vectors = finder.compute(
-        points=frame.positions, box=cell, periodic=np.asarray(frame.pbc), quantities="ijD", copy=True
-    )
-    return Neighbours(
-        torch.from_numpy(i.astype(np.int64)), torch.from_numpy(j.astype(np.int64)), torch.from_numpy(vectors).to(dtype)
-    )
+    periodic = np.asarray(frame.pbc)
+    cell = np.asarray(frame.cell.array, dtype=np.float64)
+    if not periodic.all():
+        # a direction that is not periodic needs no cell vector; completing the cell keeps it invertible for the library
+        cell = np.asarray(frame.cell.complete().array if periodic.any() else np.zeros((3, 3)), dtype=np.float64)
+    i, j, vectors = finder.compute(points=frame.positions, box=cell, periodic=periodic, quantities="ijD", copy=False)
+    # the library's own arrays end with the finder
+    return i.astype(np.int64), j.astype(np.int64), vectors.copy()
 
 
 def aev(

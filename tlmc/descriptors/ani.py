@@ -58,7 +58,7 @@ class AtomicEnvironmentVector(LocalDescriptor):
     ) -> None:
         super().__init__(species, dtype)
         self.species = tuple(dict.fromkeys(chemical_symbols[atomic_number(element)] for element in species))
-        self._channel[[atomic_numbers[symbol] for symbol in self.species]] = torch.arange(len(self.species))
+        self._channel[[atomic_numbers[symbol] for symbol in self.species]] = range(len(self.species))
         self.parameters = parameters
 
     @property

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.data import atomic_numbers, chemical_symbols
+from numpy.typing import NDArray
 from torch import Tensor
 
-from tlmc.descriptors.aev import BLOCK, BlockJacobian, neighbours
+from tlmc.descriptors.aev import BLOCK, BlockJacobian, pair_list
 from tlmc.errors import ConfigError, DataError
 
 Structures = Atoms | Sequence[Atoms]
@@ -169,8 +170,8 @@ class LocalDescriptor(Descriptor):
             raise ConfigError(f"{type(self).__name__} needs at least one element, got {list(species)!r}")
         self.species = tuple(chemical_symbols[number] for number in numbers)
         self.dtype = dtype
-        self._channel = torch.full((len(chemical_symbols),), -1)
-        self._channel[numbers] = torch.arange(len(numbers))
+        self._channel = np.full(len(chemical_symbols), -1)
+        self._channel[numbers] = range(len(numbers))
 
     @property
     @abstractmethod
@@ -210,22 +211,22 @@ class LocalDescriptor(Descriptor):
         """
         frames = as_list(structures)
         chosen = center_lists(structures, centers)
-        parts: list[tuple[Tensor, ...]] = []
+        # of small structures most of the time goes into the start of operations, which arrays take much less of
+        parts: list[tuple[NDArray[Any], ...]] = []
         first_row, first_atom = 0, 0
         for k, (frame, wanted) in enumerate(zip(frames, chosen, strict=True)):
-            species = self._channel[torch.from_numpy(frame.numbers.astype(np.int64))]
-            if bool((species < 0).any()):
+            species = self._channel[frame.numbers]
+            if species.min() < 0:
                 unknown = sorted({s for s in frame.symbols if s not in self.species})
                 raise DataError(f"structure {k} holds {unknown}; {type(self).__name__} has channels for {self.species}")
-            pairs = neighbours(frame, self.reach, self.dtype)
-            centre, neighbour, vectors = pairs.centre, pairs.neighbour, pairs.vectors
+            centre, neighbour, vectors = pair_list(frame, self.reach)
             if centers is not None:
                 centre, neighbour, vectors = _select(centre, neighbour, vectors, wanted, len(frame))
             parts.append(
                 (
                     species[wanted],
                     wanted + first_atom,
-                    torch.full_like(wanted, k),
+                    np.full_like(wanted, k),
                     centre + first_row,
                     neighbour + first_atom,
                     species[neighbour],
@@ -235,8 +236,9 @@ class LocalDescriptor(Descriptor):
             first_row += len(wanted)
             first_atom += len(frame)
         # most often there is one structure, whose columns need no copy
-        columns = parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in zip(*parts, strict=True))
-        return Environments._make([*columns, tuple(map(len, frames))])
+        arrays = parts[0] if len(parts) == 1 else [np.concatenate(column) for column in zip(*parts, strict=True)]
+        *columns, pair_vectors = (torch.from_numpy(array) for array in arrays)
+        return Environments._make([*columns, pair_vectors.to(self.dtype), tuple(map(len, frames))])
 
     def __call__(self, structures: Structures, centers: Centers = None) -> Tensor:
         """Return one row per centre; see :class:`Descriptor`."""
@@ -356,8 +358,8 @@ def as_list(structures: Structures) -> list[Atoms]:
     return frames
 
 
-def center_lists(structures: Structures, centers: Centers) -> list[Tensor]:
-    """Return the centres of every structure as index tensors; all atoms if ``centers`` is None.
+def center_lists(structures: Structures, centers: Centers) -> list[NDArray[np.int64]]:
+    """Return the indices of the centres of every structure; all atoms if ``centers`` is None.
 
     Raises
     ------
@@ -366,11 +368,11 @@ def center_lists(structures: Structures, centers: Centers) -> list[Tensor]:
     """
     frames = as_list(structures)
     if centers is None:
-        return [torch.arange(len(frame)) for frame in frames]
+        return [np.arange(len(frame)) for frame in frames]
     lists: list[Any] = [centers] if isinstance(structures, Atoms) else list(centers)
     if len(lists) != len(frames):
         raise ConfigError(f"{len(frames)} structures need as many lists of centers, got {len(lists)}")
-    result = [torch.as_tensor(list(indices), dtype=torch.int64).reshape(-1) for indices in lists]
+    result = [np.array(list(indices), dtype=np.int64).reshape(-1) for indices in lists]
     for k, (frame, indices) in enumerate(zip(frames, result, strict=True)):
         if len(indices) == 0 or int(indices.min()) < 0 or int(indices.max()) >= len(frame):
             raise ConfigError(f"centers of structure {k} must lie in 0 to {len(frame) - 1}, got {indices.tolist()}")
@@ -378,14 +380,18 @@ def center_lists(structures: Structures, centers: Centers) -> list[Tensor]:
 
 
 def _select(
-    centre: Tensor, neighbour: Tensor, vectors: Tensor, wanted: Tensor, n_atoms: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    centre: NDArray[np.int64],
+    neighbour: NDArray[np.int64],
+    vectors: NDArray[np.float64],
+    wanted: NDArray[np.int64],
+    n_atoms: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Return the pairs of the wanted centres, in their order; a centre may be wanted twice."""
-    counts = torch.bincount(centre, minlength=n_atoms)
-    start = torch.cumsum(counts, 0) - counts
+    counts = np.bincount(centre, minlength=n_atoms)
+    start = np.cumsum(counts) - counts
     number = counts[wanted]
-    row = torch.repeat_interleave(torch.arange(len(wanted)), number)
-    within = torch.arange(len(row)) - torch.repeat_interleave(torch.cumsum(number, 0) - number, number)
+    row = np.repeat(np.arange(len(wanted)), number)
+    within = np.arange(len(row)) - np.repeat(np.cumsum(number) - number, number)
     pick = start[wanted][row] + within
     return row, neighbour[pick], vectors[pick]
 

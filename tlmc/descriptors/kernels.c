@@ -28,15 +28,28 @@ static inline double cutoff(double t) {
     return y * p * (y * p);
 }
 
+/* Pairs of the centres before one of them; `centre` (n_pairs,) holds every pair's, ascending. */
+static long pairs_before(const long *centre, long n_pairs, long which) {
+    long low = 0, high = n_pairs;
+    while (low < high) {
+        const long middle = (low + high) / 2;
+        if (centre[middle] < which)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
 typedef struct {
     long n_species, l_max, n_max, n_terms; /* n_terms: of the Chebyshev series; 0 for Gaussian-type orbitals */
+    long n_pairs;
     double r_cut, reach;                   /* r_cut: of the cosine cutoff; 0 for none */
     const double *radial;                  /* (l, W) the decays c_nl, or (n_terms, l, W) the series */
     const double *slopes;                  /* (n_terms - 1, l, W) the series of the derivatives */
     const double *mixing;                  /* (l, n_max, W), transposed */
     const double *own;                     /* (n_max,) overlaps of the centre's own Gaussian */
-    const long *starts;                    /* first pair of every centre, and the number of pairs */
-    const long *neighbour_species, *species;
+    const long *centre, *neighbour_species, *species;
     const double *vectors;                 /* (n_pairs, 3) */
 } Soap;
 
@@ -152,8 +165,8 @@ static void coefficients(const Soap *s, long first, long last, int root, double 
     memset(c, 0, L * L * step * sizeof(double));
     for (long centre = first; centre < last; centre++) {
         for (long n = 0; n < s->n_max; n++) c[s->species[centre] * W + n] += s->own[n];
-        const long end = s->starts[centre + 1];
-        for (long begin = s->starts[centre]; begin < end; begin += LANES) {
+        const long end = pairs_before(s->centre, s->n_pairs, centre + 1);
+        for (long begin = pairs_before(s->centre, s->n_pairs, centre); begin < end; begin += LANES) {
             const long count = end - begin < LANES ? end - begin : LANES;
             fill(&b, s->l_max, s->vectors, 0, begin, count);
             for (long i = 0; i < count; i++) {
@@ -184,14 +197,15 @@ static void coefficients(const Soap *s, long first, long last, int root, double 
     }
 }
 
-/* Power spectra; row r is that of the mean coefficients of the centres rows[r] ... rows[r + 1]. */
+/* Power spectra; row r is that of the mean coefficients of the centres rows[r] ... rows[r + 1], or, where `rows` is null,
+of centre r. */
 void soap_values(const Soap *s, long n_rows, const long *rows, long n_features, double *room, double *out,
                  int threads) {
     const long L = s->l_max + 1, W = padded(s->n_max), step = s->n_species * W, size = soap_room(s);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (long r = 0; r < n_rows; r++) {
         double *c = room + omp_get_thread_num() * size, *p = out + r * n_features;
-        coefficients(s, rows[r], rows[r + 1], 1, c, c + L * L * step);
+        coefficients(s, rows ? rows[r] : r, rows ? rows[r + 1] : r + 1, 1, c, c + L * L * step);
         for (long s1 = 0; s1 < s->n_species; s1++)
             for (long s2 = s1; s2 < s->n_species; s2++)
                 for (long l = 0; l < L; l++) {
@@ -275,17 +289,17 @@ static void feature_slopes(const Soap *s, long s0, const double *moved, double *
         }
 }
 
-/* Derivatives of the power spectra of single centres with respect to atoms, (n_entries, n_features, 3). Those of row r
-are entries[r] ... entries[r + 1], that of the centre itself is own[r]. The pairs images[starts[e]] ...
+/* Derivatives of the power spectra of the centres from `first` on with respect to atoms, (n_entries, n_features, 3). Those
+of row r are entries[r] ... entries[r + 1], that of the centre itself is own[r]. The pairs images[starts[e]] ...
 images[starts[e + 1]], if there are any, lead to the atom of entry e. A centre and its own images move together. */
-void soap_slopes(const Soap *s, long n_rows, const long *entries, const long *own, const long *starts,
+void soap_slopes(const Soap *s, long first, long n_rows, const long *entries, const long *own, const long *starts,
                  const long *images, long n_features, double *room, double *out, int threads) {
     const long L = s->l_max + 1, W = padded(s->n_max), step = s->n_species * W, size = soap_room(s);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (long r = 0; r < n_rows; r++) {
         double *c = room + omp_get_thread_num() * size, *moved = c + L * L * step;
         double *rest = moved + 3 * L * s->n_max * step, *total = out + own[r] * 3 * n_features;
-        coefficients(s, r, r + 1, 0, c, rest);
+        coefficients(s, first + r, first + r + 1, 0, c, rest);
         memset(total, 0, 3 * n_features * sizeof(double));
         Block b;
         place(&b, s->l_max, rest);
@@ -311,14 +325,25 @@ void soap_slopes(const Soap *s, long n_rows, const long *entries, const long *ow
 
 typedef struct {
     long n_species, n_radial, n_near, n_angular; /* of the angular functions the first n_near are G4, the rest G5 */
+    long n_pairs;
     double r_cut;
     const double *radial, *angular;              /* (n_radial, 2) eta, r_s; (n_angular, 3) eta, zeta, lambda */
-    const long *starts, *neighbour_species;      /* first pair of every centre, and the number of pairs */
+    const long *centre, *neighbour_species;
     const double *vectors;                       /* (n_pairs, 3) */
 } Symmetry;
 
-/* Doubles of room that one thread needs for a centre with `most` neighbours. */
-long symmetry_room(const Symmetry *s, long most) { return 6 * (most + LANES) + s->n_angular * LANES; }
+/* Places for the neighbours of a centre: as many as the most that one has, and some to fill up. */
+static long symmetry_places(const Symmetry *s) {
+    long most = 0;
+    for (long pair = 0, same = 0; pair < s->n_pairs; pair++) {
+        same = pair && s->centre[pair] == s->centre[pair - 1] ? same + 1 : 1;
+        most = same > most ? same : most;
+    }
+    return most + LANES;
+}
+
+/* Doubles of room that one thread needs. */
+long symmetry_room(const Symmetry *s) { return 6 * symmetry_places(s) + s->n_angular * LANES; }
 
 /* to += weight half^zeta for every lane; of a small whole exponent by squaring. */
 static inline void add_power(const double *half, double zeta, const double *weight, double *to) {
@@ -335,19 +360,20 @@ static inline void add_power(const double *half, double zeta, const double *weig
 }
 
 /* G2, then G4 and G5, of every centre. */
-void symmetry_values(const Symmetry *s, long n_centres, long most, long n_features, double *room, double *out,
-                     int threads) {
-    const long S = s->n_species, size = symmetry_room(s, most), places = most + LANES;
+void symmetry_values(const Symmetry *s, long n_centres, long n_features, double *room, double *out, int threads) {
+    const long S = s->n_species, size = symmetry_room(s), places = symmetry_places(s);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (long centre = 0; centre < n_centres; centre++) {
         double *x = room + omp_get_thread_num() * size, *y = x + places, *z = y + places, *d = z + places;
         double *over = d + places, *f = over + places, *to = out + centre * n_features;
         double(*sums)[LANES] = (double(*)[LANES])(f + places);
         /* the neighbours by element */
+        const long first = pairs_before(s->centre, s->n_pairs, centre);
+        const long last = pairs_before(s->centre, s->n_pairs, centre + 1);
         long ends[S + 1], count = 0;
         ends[0] = 0;
         for (long species = 0; species < S; ends[++species] = count)
-            for (long pair = s->starts[centre]; pair < s->starts[centre + 1]; pair++)
+            for (long pair = first; pair < last; pair++)
                 if (s->neighbour_species[pair] == species) {
                     const double *v = s->vectors + 3 * pair;
                     x[count] = v[0], y[count] = v[1], z[count] = v[2];

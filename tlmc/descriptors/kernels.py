@@ -29,10 +29,10 @@ class _Soap(ctypes.Structure):
     """``Soap`` of kernels.c."""
 
     _fields_ = [
-        *((name, c_long) for name in ("n_species", "l_max", "n_max", "n_terms")),
+        *((name, c_long) for name in ("n_species", "l_max", "n_max", "n_terms", "n_pairs")),
         *((name, c_double) for name in ("r_cut", "reach")),
         *((name, c_void_p) for name in ("radial", "slopes", "mixing", "own")),
-        *((name, c_void_p) for name in ("starts", "neighbour_species", "species", "vectors")),
+        *((name, c_void_p) for name in ("centre", "neighbour_species", "species", "vectors")),
     ]
 
 
@@ -40,9 +40,9 @@ class _Symmetry(ctypes.Structure):
     """``Symmetry`` of kernels.c."""
 
     _fields_ = [
-        *((name, c_long) for name in ("n_species", "n_radial", "n_near", "n_angular")),
+        *((name, c_long) for name in ("n_species", "n_radial", "n_near", "n_angular", "n_pairs")),
         ("r_cut", c_double),
-        *((name, c_void_p) for name in ("radial", "angular", "starts", "neighbour_species", "vectors")),
+        *((name, c_void_p) for name in ("radial", "angular", "centre", "neighbour_species", "vectors")),
     ]
 
 
@@ -52,13 +52,13 @@ def kernels() -> ctypes.CDLL | None:
     pointer, n = c_void_p, c_long
     functions = {
         "soap_values": [POINTER(_Soap), n, pointer, n, pointer, pointer, c_int],
-        "soap_slopes": [POINTER(_Soap), n, pointer, pointer, pointer, pointer, n, pointer, pointer, c_int],
-        "symmetry_values": [POINTER(_Symmetry), n, n, n, pointer, pointer, c_int],
+        "soap_slopes": [POINTER(_Soap), n, n, pointer, pointer, pointer, pointer, n, pointer, pointer, c_int],
+        "symmetry_values": [POINTER(_Symmetry), n, n, pointer, pointer, c_int],
     }
     loss = "descriptors go on without the compiled kernels, several times slower for small structures"
     library = compiled.load(_SOURCE, torch.float64, functions, loss)
     if library is not None:
-        library.soap_room.argtypes, library.symmetry_room.argtypes = [POINTER(_Soap)], [POINTER(_Symmetry), n]
+        library.soap_room.argtypes, library.symmetry_room.argtypes = [POINTER(_Soap)], [POINTER(_Symmetry)]
         library.soap_room.restype = library.symmetry_room.restype = n
     return library
 
@@ -97,34 +97,28 @@ class SoapSums:
     def __init__(
         self, environments: Environments, n_species: int, n_features: int, radial: RadialBasis, r_cut: float
     ) -> None:
-        self._n_features, self._species = n_features, environments.species
-        self._starts = starts(environments)
-        # a row of radial functions is filled up to a multiple of four
-        tables = (radial.table, radial.slope_table, radial.mixing.transpose(1, 2))
-        filled = [torch.nn.functional.pad(table, (0, -radial.n_max % 4)) for table in tables]
-        others = [radial.own, environments.neighbour_species, environments.vectors]
-        names = ("radial", "slopes", "mixing", "own", "neighbour_species", "vectors")
+        self._n_features, self._n_centres = n_features, len(environments.species)
+        pairs = environments.centre, environments.neighbour_species, environments.species, environments.vectors
         # held for as long as their addresses are
-        self._tensors = dict(zip(names, (tensor.contiguous() for tensor in (*filled, *others)), strict=True))
+        self._tensors = [tensor.contiguous() for tensor in (*radial.filled, radial.own, *pairs)]
         n_terms = len(radial.table) if radial.table.ndim == 3 else 0
-        self._sizes = {"n_species": n_species, "l_max": radial.l_max, "n_max": radial.n_max, "n_terms": n_terms}
-        self._lengths = {"r_cut": r_cut, "reach": radial.reach}
+        sizes = n_species, radial.l_max, radial.n_max, n_terms, len(environments.centre)
+        self._soap = _Soap(*sizes, r_cut, radial.reach, *(tensor.data_ptr() for tensor in self._tensors))
 
-    def values(self, rows: Tensor) -> Tensor:
+    def values(self, rows: Tensor | None = None) -> Tensor:
         """Return power spectra, ``(n_rows, n_features)``.
 
         Parameters
         ----------
         rows
             Row r is the spectrum of the mean coefficients of the centres ``rows[r] ... rows[r + 1]``, int64, shape
-            ``(n_rows + 1,)``.
+            ``(n_rows + 1,)``; every centre has its own if not given.
         """
-        n_rows = len(rows) - 1
+        n_rows = self._n_centres if rows is None else len(rows) - 1
         result = torch.empty(n_rows, self._n_features, dtype=torch.float64)
-        soap, room, threads = self._prepared(0, n_rows, len(self._tensors["vectors"]) // VALUE_PAIRS)
-        _library().soap_values(
-            soap, n_rows, rows.data_ptr(), self._n_features, room.data_ptr(), result.data_ptr(), threads
-        )
+        room, threads = self._room(n_rows, self._soap.n_pairs // VALUE_PAIRS)
+        first = None if rows is None else rows.data_ptr()
+        _library().soap_values(self._soap, n_rows, first, self._n_features, room.data_ptr(), result.data_ptr(), threads)
         return result
 
     def slopes(self, bounds: tuple[int, int, int, int], rows: Tensor, place: Tensor, own: Tensor) -> Tensor:
@@ -148,20 +142,17 @@ class SoapSums:
         image_starts = torch.searchsorted(ordered, torch.arange(len(rows) + 1))
         entries = torch.searchsorted(rows, torch.arange(last - first + 1))
         result = torch.empty(len(rows), self._n_features, 3, dtype=torch.float64)
-        soap, room, threads = self._prepared(first, last - first, (end - begin) // SLOPE_PAIRS)
         lists = (tensor.data_ptr() for tensor in (entries, own, image_starts, images))
+        room, threads = self._room(last - first, (end - begin) // SLOPE_PAIRS)
         _library().soap_slopes(
-            soap, last - first, *lists, self._n_features, room.data_ptr(), result.data_ptr(), threads
+            self._soap, first, last - first, *lists, self._n_features, room.data_ptr(), result.data_ptr(), threads
         )
         return result
 
-    def _prepared(self, first: int, n_rows: int, useful: int) -> tuple[_Soap, Tensor, int]:
-        """Return what the centres from `first` on are told by, room for the threads, and the number of these."""
-        addresses = {name: tensor.data_ptr() for name, tensor in self._tensors.items()}
-        centres = {"starts": self._starts[first:].data_ptr(), "species": self._species[first:].data_ptr()}
-        soap = _Soap(**self._sizes, **self._lengths, **addresses, **centres)
+    def _room(self, n_rows: int, useful: int) -> tuple[Tensor, int]:
+        """Return room for the threads, and their number."""
         threads = _threads(n_rows, useful)
-        return soap, torch.empty(threads * _library().soap_room(soap), dtype=torch.float64), threads
+        return torch.empty(threads * _library().soap_room(self._soap), dtype=torch.float64), threads
 
 
 def symmetry_values(
@@ -188,22 +179,17 @@ def symmetry_values(
     n_near
         How many of `angular` are G4.
     """
-    n_centres, first_pairs = len(environments.species), starts(environments)
-    most = int(first_pairs.diff().max())
+    n_centres, n_pairs = len(environments.species), len(environments.centre)
     parameters = [torch.tensor(functions, dtype=torch.float64) for functions in (radial, angular)]
-    pairs = [environments.neighbour_species.contiguous(), environments.vectors.contiguous()]
-    addresses = (tensor.data_ptr() for tensor in (*parameters, first_pairs, *pairs))
-    symmetry = _Symmetry(n_species, len(radial), n_near, len(angular), r_cut, *addresses)
-    threads = _threads(n_centres, len(environments.centre) * most // 2 // TRIPLES)
-    room = torch.empty(threads * _library().symmetry_room(symmetry, most), dtype=torch.float64)
+    pairs = environments.centre, environments.neighbour_species, environments.vectors
+    tensors = [*parameters, *(tensor.contiguous() for tensor in pairs)]
+    sizes = n_species, len(radial), n_near, len(angular), n_pairs
+    symmetry = _Symmetry(*sizes, r_cut, *(tensor.data_ptr() for tensor in tensors))
+    threads = _threads(n_centres, n_pairs**2 // (2 * n_centres * TRIPLES))
+    room = torch.empty(threads * _library().symmetry_room(symmetry), dtype=torch.float64)
     result = torch.empty(n_centres, n_features, dtype=torch.float64)
-    _library().symmetry_values(symmetry, n_centres, most, n_features, room.data_ptr(), result.data_ptr(), threads)
+    _library().symmetry_values(symmetry, n_centres, n_features, room.data_ptr(), result.data_ptr(), threads)
     return result
-
-
-def starts(environments: Environments) -> Tensor:
-    """Return the first pair of every centre, and the number of pairs, int64, shape ``(n_centres + 1,)``."""
-    return torch.searchsorted(environments.centre, torch.arange(len(environments.species) + 1))
 
 
 def _threads(n_rows: int, useful: int) -> int:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from numpy.polynomial import chebyshev
 from numpy.typing import NDArray
 from scipy import fft, linalg, special
 from torch import Tensor
+from torch.nn import functional
 
 from tlmc.descriptors.polynomials import chebyshev_polynomials
 from tlmc.errors import ConfigError
@@ -63,6 +65,16 @@ class RadialBasis(ABC):
     def __init__(self, r_cut: float, n_max: int, l_max: int, sigma: float, reach: float) -> None:
         self.r_cut, self.n_max, self.l_max, self.sigma, self.reach = r_cut, n_max, l_max, sigma, reach
         self.eta = 1.0 / (2.0 * sigma**2)
+
+    @cached_property
+    def filled(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``table``, ``slope_table`` and ``mixing``, transposed, rows filled up with zeros to a multiple of four.
+
+        As the compiled sums read them.
+        """
+        tables = self.table, self.slope_table, self.mixing.transpose(1, 2)
+        first, second, third = (functional.pad(table, (0, -self.n_max % 4)).contiguous() for table in tables)
+        return first, second, third
 
     @abstractmethod
     def terms(self, distances: Tensor) -> Tensor:
@@ -143,7 +155,7 @@ class PolynomialBasis(RadialBasis):
         self.mixing = torch.eye(n_max, dtype=torch.float64).expand(l_max + 1, -1, -1)
         series = self._chebyshev_series()
         self._series = torch.from_numpy(series)
-        self.own = self.overlaps(torch.zeros(1, dtype=torch.float64))[0, :, 0]
+        self.own = self.overlaps(torch.zeros(1, dtype=torch.float64))[0, :, 0].contiguous()
         slope = np.moveaxis(chebyshev.chebder(np.moveaxis(series, -1, 0)), 0, -1) * (2.0 / reach)
         self._slope_series = torch.from_numpy(slope)
         self.table, self.slope_table = self._series.permute(2, 0, 1), self._slope_series.permute(2, 0, 1)

@@ -197,7 +197,7 @@ class SOAP(LocalDescriptor):
         return kernels.SoapSums(environments, len(self.species), self.n_features, self.radial, r_cut)
 
     def _compiled_values(self, environments: Environments) -> Tensor:
-        rows = torch.arange(len(environments.species) + 1)
+        rows = None
         if self.average == "inner":
             rows = torch.searchsorted(environments.structures, torch.arange(len(environments.sizes) + 1))
         spectra = self._sums(environments).values(rows)
