@@ -183,6 +183,7 @@ class TestProgramHash:
     def test_code_counts_however_far_away(self, tmp_path, monkeypatch):
         assert self.change(tmp_path, monkeypatch, "units.py", "import annotations", "import annotations\nA = 1")
         assert self.change(tmp_path, monkeypatch, "training/kernels.c", "double", "float")
+        assert self.change(tmp_path, monkeypatch, "compiled.h", "double", "float")
         assert self.change(tmp_path, monkeypatch, "training/__init__.py", "import annotations", "import division")
 
 

@@ -216,12 +216,11 @@ class LocalDescriptor(Descriptor):
         first_row, first_atom = 0, 0
         for k, (frame, wanted) in enumerate(zip(frames, chosen, strict=True)):
             species = self._channel[frame.numbers]
-            if species.min() < 0:
+            if -1 in species.tolist():
                 unknown = sorted({s for s in frame.symbols if s not in self.species})
                 raise DataError(f"structure {k} holds {unknown}; {type(self).__name__} has channels for {self.species}")
-            centre, neighbour, vectors = pair_list(frame, self.reach)
-            if centers is not None:
-                centre, neighbour, vectors = _select(centre, neighbour, vectors, wanted, len(frame))
+            pairs = pair_list(frame, self.reach)
+            centre, neighbour, apart = pairs if centers is None else _select(*pairs, wanted, len(frame))
             parts.append(
                 (
                     species[wanted],
@@ -230,15 +229,16 @@ class LocalDescriptor(Descriptor):
                     centre + first_row,
                     neighbour + first_atom,
                     species[neighbour],
-                    vectors,
+                    apart,
                 )
             )
             first_row += len(wanted)
             first_atom += len(frame)
         # most often there is one structure, whose columns need no copy
         arrays = parts[0] if len(parts) == 1 else [np.concatenate(column) for column in zip(*parts, strict=True)]
-        *columns, pair_vectors = (torch.from_numpy(array) for array in arrays)
-        return Environments._make([*columns, pair_vectors.to(self.dtype), tuple(map(len, frames))])
+        *columns, vectors = map(torch.from_numpy, arrays)
+        vectors = vectors if self.dtype == torch.float64 else vectors.to(self.dtype)
+        return Environments._make([*columns, vectors, tuple(map(len, frames))])
 
     def __call__(self, structures: Structures, centers: Centers = None) -> Tensor:
         """Return one row per centre; see :class:`Descriptor`."""

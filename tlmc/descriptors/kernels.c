@@ -197,8 +197,8 @@ static void coefficients(const Soap *s, long first, long last, int root, double 
     }
 }
 
-/* Power spectra; row r is that of the mean coefficients of the centres rows[r] ... rows[r + 1], or, where `rows` is null,
-of centre r. */
+/* Power spectra; row r is that of the mean coefficients of the centres rows[r] ... rows[r + 1], or, where `rows` is
+null, of centre r. */
 void soap_values(const Soap *s, long n_rows, const long *rows, long n_features, double *room, double *out,
                  int threads) {
     const long L = s->l_max + 1, W = padded(s->n_max), step = s->n_species * W, size = soap_room(s);
@@ -289,8 +289,8 @@ static void feature_slopes(const Soap *s, long s0, const double *moved, double *
         }
 }
 
-/* Derivatives of the power spectra of the centres from `first` on with respect to atoms, (n_entries, n_features, 3). Those
-of row r are entries[r] ... entries[r + 1], that of the centre itself is own[r]. The pairs images[starts[e]] ...
+/* Derivatives of the power spectra of the centres from `first` on with respect to atoms, (n_entries, n_features, 3).
+Those of row r are entries[r] ... entries[r + 1], that of the centre itself is own[r]. The pairs images[starts[e]] ...
 images[starts[e + 1]], if there are any, lead to the atom of entry e. A centre and its own images move together. */
 void soap_slopes(const Soap *s, long first, long n_rows, const long *entries, const long *own, const long *starts,
                  const long *images, long n_features, double *room, double *out, int threads) {
