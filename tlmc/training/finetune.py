@@ -28,7 +28,7 @@ from tlmc.errors import ConfigError, DataError, ModelError
 from tlmc.files import atomic_path, write_json
 from tlmc.labelled import Dataset
 from tlmc.potentials.model import Potential
-from tlmc.potentials.transfer import enrich, scratch, trainable_layers
+from tlmc.potentials.transfer import enrich, first_members, scratch, trainable_layers
 from tlmc.reference import fit_reference
 from tlmc.splits import Split
 from tlmc.training.cache import DescriptorCache, build_cache
@@ -70,6 +70,9 @@ class FinetuneConfig(BaseModel):
     """Name that results are filed under."""
     init: Literal["start", "scratch"] = "start"
     """Begin from the start model's weights, or from N(0, 0.1)."""
+    members: int | None = Field(None, ge=1)
+    """Keep only so many members of the start model's ensemble, the first ones: the loss looks at their mean, so that
+    fewer of them are a narrower network, cheaper by far to train and to use, and a smaller committee."""
     layers: Literal["all", "hidden", "last"] = "all"
     """Which layers train; ``hidden`` is the thesis' "frozen input and output"."""
     warm_start: Literal["none", "ridge"] = "none"
@@ -248,7 +251,7 @@ def finetune(
     Raises
     ------
     ModelError
-        If the model lacks an element, or the loss becomes infinite or NaN.
+        If the model lacks an element or has fewer members than asked for, or the loss becomes infinite or NaN.
     DataError
         If the split does not belong to the data set.
     ConfigError
@@ -260,6 +263,7 @@ def finetune(
     _check_split(dataset, split)
     for frame in dataset.frames:
         model.species(frame)  # an element without a network is an error before anything is written
+    ensemble = model if config.members is None else first_members(model, config.members)
     if tensorboard and run_dir is None:
         raise ConfigError("tensorboard needs a run_dir to write to")
     description = _describe(model, dataset, split, config)
@@ -274,8 +278,8 @@ def finetune(
     if not group.is_first:
         folder, progress = None, False
 
-    threads = threads or (1 if model.members == 1 else torch.get_num_threads())
-    begin = scratch(model, config.seed) if config.init == "scratch" else model
+    threads = threads or (1 if ensemble.members == 1 else torch.get_num_threads())
+    begin = scratch(ensemble, config.seed) if config.init == "scratch" else ensemble
     if config.richer is not None:
         train = [dataset.frames[k] for k in split.train]
         begin = enrich(begin, fit_enrichment(train, species=dataset.elements, **config.richer.model_dump()))
@@ -678,7 +682,7 @@ def _describe(model: Potential, dataset: Dataset, split: Split, config: Finetune
 def _later_settings(config: FinetuneConfig) -> set[str]:
     """Return the settings that did not exist once and that change nothing here."""
     unused = {"warm_start", "ridge"} if config.warm_start == "none" else set()
-    later = ("batch_atoms", "richer", "rank", "replay")
+    later = ("members", "batch_atoms", "richer", "rank", "replay")
     return unused | {name for name in later if getattr(config, name) == FinetuneConfig.model_fields[name].default}
 
 
