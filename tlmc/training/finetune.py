@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -43,6 +44,10 @@ from tlmc.training.optimizer import Update, apply
 from tlmc.training.replay import Replay, isolated_molecules
 from tlmc.training.warm_start import ridge_start
 
+_MERGED_TOGETHER = 8
+"""Batches whose merging pays off to do at once."""
+_PORTION = 16
+"""Structures that are evaluated together, without a step, by one process."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -340,6 +345,14 @@ def finetune(
     return FinetuneResult(kept, history, state.best_epoch, config, run_id, folder, resumed_from)
 
 
+class _Labelled(NamedTuple):
+    """Merged structures and their labels, as :meth:`tlmc.training.engine.Engine.loss_gradient` takes them."""
+
+    batch: Batch
+    energies: Tensor
+    forces: Tensor
+
+
 class _Trainer:
     """The engine, the labels in its order and the optimiser of one run."""
 
@@ -422,14 +435,14 @@ class _Trainer:
         for name in sorted(state.tensors):
             self.group.follow_(state.tensors[name])
         train = _Errors()
-        for indices in self._batches(state.epoch):
+        for indices, share in self._prepared(state.epoch):
             rate = self._rate(state)
             learned = self.engine if self.low_rank is None else self.low_rank
             update = Update(
                 learned.flat, state.tensors["exp_avg"], state.tensors["exp_avg_sq"], learned.gradient,
                 rate, config.weight_decay, state.step + 1,
             )  # fmt: skip
-            self._step(indices, train, update)
+            self._step(len(indices), share, train, update)
             state.step += 1
             if self.trains_first:
                 state.inactive["flat"] *= 1.0 - rate * config.weight_decay
@@ -454,17 +467,15 @@ class _Trainer:
         state.history.append(row)
         return row
 
-    def _step(self, indices: NDArray[np.int64], errors: _Errors, update: Update) -> None:
-        """Take one step on a batch, of which this process takes its share."""
-        own = self.group.share(indices)
+    def _step(self, n_structures: int, share: _Labelled | None, errors: _Errors, update: Update) -> None:
+        """Take one step on a batch of so many structures, of which this process has a share, or none."""
         further = self.config.clip_norm, self.low_rank, self.replay
         at_once = update if self.group.size == 1 and further == (None, None, None) else None
-        if len(own) > 0:
-            batch, energies, forces = self._batch(own)
-            self.engine.loss_gradient(batch, energies, forces, errors.watch(self.loss, len(indices)), at_once)
+        if share is not None:
+            self.engine.loss_gradient(*share, errors.watch(self.loss, n_structures), at_once)
         else:
             self.engine.gradient.zero_()
-            errors.skip(self.engine.gradient, len(indices))
+            errors.skip(self.engine.gradient, n_structures)
         if at_once is None:
             self._finish_step(update)
 
@@ -498,6 +509,17 @@ class _Trainer:
         if self.config.batch_atoms is None:
             return _chunks(order, self.config.batch_size)
         return _filled(order, self.sizes, self.config.batch_atoms)
+
+    def _prepared(self, epoch: int) -> Iterator[tuple[NDArray[np.int64], _Labelled | None]]:
+        """Return the batches of an epoch, each with this process' share of it, merged.
+
+        Some are merged together: between two steps, which leave nothing else in the processor's cache, one costs four
+        times as much.
+        """
+        batches = iter(self._batches(epoch))
+        while ahead := list(islice(batches, _MERGED_TOGETHER)):
+            shares = [self.group.share(indices) for indices in ahead]
+            yield from zip(ahead, [self._batch(own) if len(own) else None for own in shares], strict=True)
 
     def _count_steps(self) -> int:
         """Return the number of steps of the whole training."""
@@ -556,25 +578,28 @@ class _Trainer:
     def _portions(self, indices: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         """Return structures in portions for which there is memory."""
         if self.config.batch_atoms is None:
-            return _chunks(indices, 8 * self.group.size)
+            n_portions = math.ceil(len(indices) / (_PORTION * self.group.size))
+            return iter(np.array_split(indices, n_portions))
         return _filled(indices, self.sizes, self.config.batch_atoms)
 
     def _network_energies(self, indices: NDArray[np.int64]) -> Tensor:
         batches = (merge([self.cache[i] for i in part]) for part in self._portions(indices))
         return torch.cat([self.engine.energies_forces(batch).energies for batch in batches]).cpu()
 
-    def _batch(self, indices: NDArray[np.int64]) -> tuple[Batch, Tensor, Tensor]:
-        """Return merged structures and their labels."""
+    def _batch(self, indices: NDArray[np.int64]) -> _Labelled:
         batch = merge([self.cache[i] for i in indices])
         # picked one by one: an index array would have to be sent to a GPU
-        return batch, torch.stack([self.energies[i] for i in indices]), torch.cat([self.forces[i] for i in indices])
+        energies = torch.stack([self.energies[i] for i in indices])
+        return _Labelled(batch, energies, torch.cat([self.forces[i] for i in indices]))
 
 
 class _Errors:
-    """Loss and squared errors of the batches of an epoch; they stay on the device until :meth:`collect`."""
+    """Losses and errors of the batches of an epoch; they stay on the device, as they are, until :meth:`collect`."""
 
     def __init__(self) -> None:
-        self._rows: list[Tensor] = []
+        self._losses: list[Tensor] = []
+        self._errors: list[tuple[Tensor, Tensor, Tensor]] = []
+        """Energies, forces and atoms per structure."""
         self._structures: list[int] = []
         self._sums = [0.0] * 4
         self.losses: list[float] = []
@@ -586,7 +611,8 @@ class _Errors:
 
     def skip(self, like: Tensor, n_structures: int) -> None:
         """Note a batch of which this process has no share."""
-        self._rows.append(like.new_zeros(4))
+        self._losses.append(like.new_zeros(()))
+        self._errors.append((like.new_zeros(0), like.new_zeros(0, 3), like.new_zeros(0)))
         self._structures.append(n_structures)
 
     def _call(
@@ -599,17 +625,19 @@ class _Errors:
         structure: Tensor,
     ) -> LossAndSlopes:
         result = loss(energy_error, force_error, n_atoms, structure, n_structures=n_structures)
-        squared_energy = (energy_error / n_atoms).square().sum()
-        self._rows.append(torch.stack([result.loss, squared_energy, force_error.square().sum(), n_atoms.sum()]))
+        self._losses.append(result.loss)
+        self._errors.append((energy_error, force_error, n_atoms))
         self._structures.append(n_structures)
         return result
 
     def collect(self, group: Group) -> None:
         """Add up what all processes noted."""
-        rows = group.sum_(torch.stack(self._rows).double()).tolist()
-        self.losses = [loss for loss, *_ in rows]
+        energies, forces, n_atoms = (torch.cat(parts).double() for parts in zip(*self._errors, strict=True))
+        sums = torch.stack([(energies / n_atoms).square().sum(), forces.square().sum(), n_atoms.sum()])
+        *self.losses, energy, force, atoms = group.sum_(torch.cat([torch.stack(self._losses).double(), sums])).tolist()
         weighted = sum(loss * n for loss, n in zip(self.losses, self._structures, strict=True))
-        self._sums = [weighted, *(sum(column) for column in list(zip(*rows, strict=True))[1:])]
+        self._sums = [weighted, energy, force, atoms]
+        self._errors.clear()
 
     def summary(self, part: str) -> dict[str, float]:
         """Return mean loss and RMSEs under the names of the learning curve."""
