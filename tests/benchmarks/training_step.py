@@ -255,12 +255,11 @@ def measure_target(model: Potential, epoch: dict[str, Any], threads: int) -> dic
         "peak_memory_bytes": thesis["peak_bytes"],
         "reached": False,
     }
-    # by rising cost; on the validation part the first two end where `short` does, or below
+    # by rising cost
     candidates: list[dict[str, Any]] = [
-        {"name": "rich", "members": 2},
+        *({"name": "rich", "members": 2, "epochs": epochs} for epochs in (20, 30, 40, 60)),
         {"name": "rich", "members": 4},
         {"name": "short"},
-        {"name": "rich"},
     ]
     for settings in candidates:
         with _empty_cache() as folder:
