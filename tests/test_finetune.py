@@ -25,6 +25,7 @@ from tlmc.errors import ConfigError, DataError, ModelError
 from tlmc.evaluation import evaluate
 from tlmc.labelled import Dataset
 from tlmc.potentials import predict, to_torchani
+from tlmc.potentials.transfer import first_members
 from tlmc.splits import Split, split_dataset
 from tlmc.training.checkpoint import load_model
 from tlmc.training.finetune import FinetuneConfig, _Trainer, finetune, recipe
@@ -179,6 +180,14 @@ def test_interrupted_run_ends_with_the_same_weights(tmp_path, monkeypatch, chang
     assert again.best_epoch == whole.best_epoch
 
 
+def test_fewer_members_train_as_a_smaller_start_model_does():
+    data = labelled()
+    parts = split_dataset(data, seed=0)
+    two = finetune(student(), data, parts, quick(members=2))
+    assert two.potential.members == 2
+    assert same_weights(two.potential, finetune(first_members(student(), 2), data, parts, quick()).potential)
+
+
 def test_richer_columns_are_fitted_on_the_training_part_and_learn():
     data = labelled()
     parts = split_dataset(data, seed=0)
@@ -326,6 +335,8 @@ def test_bad_input_is_refused_before_work_starts(tmp_path):
         finetune(student(), data.subset(range(10)), dataclasses.replace(parts, train=np.array([19])), quick())
     with pytest.raises(DataError, match="the validation part of the split of methanol is empty"):
         finetune(student(), data, dataclasses.replace(parts, validation=np.array([], dtype=np.int64)), quick())
+    with pytest.raises(ModelError, match=r"toy has 3 member\(s\), cannot take the first 4"):
+        finetune(student(), data, parts, quick(members=4), tmp_path / "run")
     with pytest.raises(ConfigError, match="tensorboard needs a run_dir"):
         finetune(student(), data, parts, quick(), tensorboard=True)
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import re
@@ -16,6 +18,7 @@ import nbformat
 import pytest
 from ase.calculators.singlepoint import SinglePointCalculator
 from nbformat import v4
+from PIL import Image
 from processes import heed_interrupts
 
 from tlmc import outcomes, profiles, study
@@ -290,14 +293,16 @@ class TestReport:
         figures = root / "out" / "figures"
         figures.mkdir()
         # of this run, of an earlier one, of none
-        for name, content, age in (("01_new", b"\x89PNG", -60), ("01_old", b"old", 3600), ("other", b"oth", -60)):
-            (figures / f"{name}.png").write_bytes(content)
+        for name, colour, age in (("01_new", "red", -60), ("01_old", "blue", 3600), ("other", "blue", -60)):
+            Image.new("RGB", (2600, 100), colour).save(figures / f"{name}.png")
             os.utime(figures / f"{name}.png", (time.time() - age,) * 2)
         page = study.run_study("quick").read_text()
-        assert page.count("data:image/png") == 1
+        (data,) = re.findall('src="data:image/webp;base64,([^"]*)"', page)
+        embedded = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+        assert embedded.size == (1300, 50)  # for a screen; the file is for print
+        assert embedded.getpixel((650, 25))[0] > 200
         assert "<td>short</td>" in page
         assert "0.0531" in page
-        assert "data:image/png;base64,iVBORw==" in page
         assert "answer</th><td>0.002</td>" in page
         for name, version in package_versions().items():
             assert f"{name} {version}" in page

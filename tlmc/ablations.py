@@ -185,9 +185,9 @@ ABLATIONS: Final[dict[str, Ablation]] = {
         "Members of the ensemble",
         "short",
         (
-            Setting("1 member", run={"members": 1}, value=1),
-            Setting("2 members", run={"members": 2}, value=2),
-            Setting("4 members", run={"members": 4}, value=4),
+            Setting("1 member", {"members": 1}, value=1),
+            Setting("2 members", {"members": 2}, value=2),
+            Setting("4 members", {"members": 4}, value=4),
             Setting("8 members", value=8),
         ),
         axis="members of the ensemble",

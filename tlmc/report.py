@@ -7,6 +7,7 @@ can be opened from disk and sent on by itself.
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from importlib.resources import files
@@ -17,6 +18,7 @@ import jinja2
 import nbformat
 import pandas as pd
 from nbconvert import HTMLExporter
+from PIL import Image
 
 from tlmc.errors import DataError
 from tlmc.evaluation.records import comparison_table, format_comparison, read_records
@@ -24,7 +26,10 @@ from tlmc.files import write_json, write_text
 from tlmc.outcomes import Record, read_metrics, read_record
 from tlmc.profiles import Profile, load_profile
 
-MEDIA_TYPES: Final = {".png": "image/png", ".svg": "image/svg+xml"}
+MEDIA_TYPES: Final = {".png": "image/webp", ".svg": "image/svg+xml"}
+"""How figures are embedded; those for print are made smaller."""
+LARGEST: Final = (1300, 2600)
+"""Width and height, in pixels, that an embedded figure has at most: a page is seldom shown wider."""
 
 
 def write_report(profile: Profile, reports: Path) -> Path:
@@ -133,6 +138,15 @@ def _figures(folder: Path, notebook: str, record: Record) -> Iterator[dict[str, 
     began = datetime.fromisoformat(record.finished).timestamp() - record.seconds - 1.0
     for path in sorted(folder.glob(f"{notebook.partition('_')[0]}_*")):
         if path.suffix in MEDIA_TYPES and path.stat().st_mtime >= began:
-            data = base64.b64encode(path.read_bytes()).decode()
+            data = base64.b64encode(path.read_bytes() if path.suffix == ".svg" else _for_screen(path)).decode()
             name = path.stem.replace("_", " ")
             yield {"name": name, "source": f"data:{MEDIA_TYPES[path.suffix]};base64,{data}"}
+
+
+def _for_screen(path: Path) -> bytes:
+    """Return a figure as WebP, as large as a screen needs it: a tenth of what the file for print takes."""
+    buffer = io.BytesIO()
+    with Image.open(path) as image:
+        image.thumbnail(LARGEST)
+        image.save(buffer, "webp", quality=85)
+    return buffer.getvalue()

@@ -23,7 +23,7 @@ from tlmc.files import write_text
 from tlmc.labelled import Dataset
 from tlmc.potentials.model import Potential
 from tlmc.potentials.pretrained import load_start_model
-from tlmc.potentials.transfer import Borrowing, first_members, with_elements
+from tlmc.potentials.transfer import Borrowing, with_elements
 from tlmc.splits import SplitMethod, shrunk, split_dataset
 from tlmc.training.finetune import FinetuneConfig, recipe, run_name
 from tlmc.training.replay import isolated_molecules
@@ -49,8 +49,6 @@ class Run(BaseModel):
     """Name that results are filed under; by default the recipe and what differs from it."""
     n_train: int = Field(0, ge=0)
     """Training frames; 0 for the whole training part."""
-    members: int = Field(0, ge=0)
-    """Use so many members of the start model's ensemble, the first ones; 0 for all."""
     element_map: dict[str, str] = Field(default_factory=dict)
     """New element to donor."""
     borrow: Borrowing = "relabel"
@@ -138,8 +136,6 @@ def _prepared(run: Run) -> tuple[Potential, Potential, Dataset]:
     if run.crystals_only:
         dataset = dataset.crystals()
     start = load_start_model(run.start_model)
-    if run.members:
-        start = first_members(start, run.members)
     return start, with_elements(start, run.element_map, run.borrow), dataset
 
 

@@ -231,7 +231,7 @@ def measure_target(model: Potential, epoch: dict[str, Any], threads: int) -> dic
     """Time to the test force error of the thesis protocol (100 epochs, urea), from fresh processes.
 
     The thesis protocol is run with the engine, which takes the same steps to rounding, and its epochs are multiplied by
-    the measured ratio of an epoch: the loop itself takes a quarter of an hour. Then ever longer trainings
+    the measured ratio of an epoch: the loop itself takes a quarter of an hour. Then ever costlier trainings
     start from nothing until one reaches that error, and that one is repeated with its cache warm.
     """
 
@@ -255,11 +255,11 @@ def measure_target(model: Potential, epoch: dict[str, Any], threads: int) -> dic
         "peak_memory_bytes": thesis["peak_bytes"],
         "reached": False,
     }
+    # by rising cost
     candidates: list[dict[str, Any]] = [
-        {"name": "short", "epochs": 20, "warm_start": "ridge", "lambda_": 0.9, "lr": 1e-4, "warmup_epochs": 2},
-        {"name": "short", "epochs": 30},
-        {"name": "short", "epochs": 60},
-        {"name": "short", "epochs": 60, "lambda_": 0.9, "lr": 1e-4},
+        *({"name": "rich", "members": 2, "epochs": epochs} for epochs in (20, 30, 40, 60)),
+        {"name": "rich", "members": 4},
+        {"name": "short"},
     ]
     for settings in candidates:
         with _empty_cache() as folder:

@@ -77,35 +77,32 @@ def merge(structures: Sequence[Structure]) -> Batch:
 
     All that goes to a GPU for a batch is one copy of index arrays, and nothing comes back.
     """
-    sizes = [len(s.species) for s in structures]
+    sizes = [s.species.shape[0] for s in structures]
     species = np.concatenate([s.species.numpy() for s in structures])
-    order = np.argsort(species, kind="stable")
-    separate = np.empty(len(order), dtype=np.int64)
-    separate[order] = np.arange(len(order))
-    present, first, count = np.unique(species[order], return_index=True, return_counts=True)
-    element = np.searchsorted(present, species)
-    G_rows = separate + first[element]
-    G = torch.cat([s.G for s in structures])
-    host = torch.from_numpy(
-        np.concatenate([separate, G_rows, G_rows + count[element], np.repeat(np.arange(len(sizes)), sizes), sizes])
+    n = len(species)
+    separate = np.empty(n, dtype=np.int64)
+    separate[np.argsort(species, kind="stable")] = np.arange(n)
+    counts = np.bincount(species)
+    firsts = np.cumsum(counts) - counts
+    G_rows = separate + firsts[species]
+    indices = np.concatenate(
+        [separate, G_rows, G_rows + counts[species], np.repeat(np.arange(len(sizes)), sizes), sizes]
     )
+    G, host = torch.cat([s.G for s in structures]), torch.from_numpy(indices)
     if G.is_cuda:
         host = host.pin_memory()  # the copy is not waited for
-    n = len(order)
-    merged, rows, v_rows, structure, n_atoms = host.to(G.device, non_blocking=True).split([n, n, n, n, len(sizes)])
-    X = G.new_empty(2 * n, G.shape[1])
-    X[rows] = G
+    device = host.to(G.device, non_blocking=True)
+    per_atom = device[: 4 * n].view(4, n)
+    X = G.new_empty(2 * n, G.shape[1]).index_copy_(0, per_atom[1], G)
     return Batch(
         structures=tuple(structures),
         sizes=sizes,
-        n_atoms=n_atoms.to(G.dtype),
+        n_atoms=device[4 * n :].to(G.dtype),
         X=X,
-        slices=tuple(
-            (k, slice(f, f + n)) for k, f, n in zip(present.tolist(), first.tolist(), count.tolist(), strict=True)
-        ),
-        separate=merged,
-        v_rows=v_rows,
-        structure=structure,
+        slices=tuple((int(k), slice(int(firsts[k]), int(firsts[k] + counts[k]))) for k in np.flatnonzero(counts)),
+        separate=per_atom[0],
+        v_rows=per_atom[2],
+        structure=per_atom[3],
     )
 
 
@@ -272,7 +269,7 @@ class Engine:
     def energies_forces(self, batch: Batch) -> EnergiesForces:
         """Return network energies and forces of a batch."""
         atomic, g = self._sweeps.forward(batch)
-        per_atom = (atomic.double().sum(0) * self.factor)[batch.separate]
+        per_atom = (atomic.sum(0, dtype=torch.float64) * self.factor).index_select(0, batch.separate)
         energies = per_atom.new_zeros(len(batch.structures)).index_add_(0, batch.structure, per_atom)
         return EnergiesForces(energies, self._sweeps.forces(batch, g))
 
@@ -306,9 +303,9 @@ class Engine:
         energy_error = (predicted.energies - energies).to(force_error.dtype)
         result = loss(energy_error, force_error, batch.n_atoms, batch.structure)
         self._sweeps.along(batch, result.force_slope)
-        c = torch.empty_like(result.force_slope[:, 0])
-        c[batch.separate] = result.energy_slope[batch.structure]
-        for k in set(self._present) - {k for k, _ in batch.slices}:
+        slopes = result.energy_slope.index_select(0, batch.structure)
+        c = torch.empty_like(slopes).index_copy_(0, batch.separate, slopes)
+        for k in set(self._present).difference(k for k, _ in batch.slices):
             for slot, on in zip(self._slots[k], self.trainable, strict=True):
                 if on:
                     slot.weight.zero_()

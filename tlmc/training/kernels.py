@@ -96,7 +96,7 @@ class CompiledSweeps:
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return energies ``(members, n_atoms)`` per unit of factor, and g ``(n_atoms, n_columns)``, merged order."""
-        n, K = len(batch.separate), batch.X.shape[1]
+        n, K = batch.separate.shape[0], batch.X.shape[1]
         nets = self._nets(batch)
         atomic = batch.X.new_empty(self._members, n)
         per_member = batch.X.new_empty(self._members, n, K) if self._members > 1 else batch.X.new_empty(0)
@@ -110,7 +110,7 @@ class CompiledSweeps:
 
     def forces(self, batch: Batch, g: Tensor) -> Tensor:
         """Return ``-J^T g``, structures following one another."""
-        result = g.new_empty(len(g), 3)
+        result = g.new_empty(g.shape[0], 3)
         self._c.jacobian_transposed(*self._products(batch), batch.separate.data_ptr(), g.data_ptr(), result.data_ptr(),
                                     torch.get_num_threads())  # fmt: skip
         return result
@@ -148,7 +148,7 @@ class CompiledSweeps:
             for net, (_, atoms) in zip(nets, slices, strict=True)
             for number in range(self._hidden)
         ]
-        if len(self._workspace) < 2 * sum(sizes):
+        if self._workspace.shape[0] < 2 * sum(sizes):
             self._workspace = batch.X.new_empty(2 * sum(sizes))
         address, itemsize = self._workspace.data_ptr(), self._workspace.element_size()
         places = iter(sizes)
@@ -164,9 +164,9 @@ class CompiledSweeps:
         """Return the Jacobians of a batch as the kernels want them."""
         structures, first = (Sparse * len(batch.structures))(), 0
         for entry, s in zip(structures, batch.structures, strict=True):
-            entry.n_atoms, entry.first = len(s.species), first
+            entry.n_atoms, entry.first = s.species.shape[0], first
             entry.values, entry.atoms, entry.starts = s.values.data_ptr(), s.atoms.data_ptr(), s.starts.data_ptr()
-            first += len(s.species)
+            first += entry.n_atoms
         return structures, len(structures), batch.X.shape[1]
 
 

@@ -52,11 +52,11 @@ def batch_loss(
     n_structures
         Structures of the whole batch if these are a share of one: shares then add up to loss and slopes of the whole.
     """
-    count = n_structures or len(n_atoms)
+    count = n_structures or n_atoms.shape[0]
     per_atom = 1.0 / (n_atoms * count)
     force_value, force_slope = _penalty(force_error, kind, delta)
     energy_value, energy_slope = _penalty(energy_error / n_atoms, kind, delta)
-    weight = lambda_ * per_atom[structure, None]
+    weight = lambda_ * per_atom.index_select(0, structure)[:, None]
     loss = (weight * force_value).sum() + (1.0 - lambda_) * energy_value.sum() / count
     return LossAndSlopes(loss, weight * force_slope, (1.0 - lambda_) * per_atom * energy_slope)
 
