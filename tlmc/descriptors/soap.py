@@ -9,7 +9,8 @@ do not change under rotation, because a rotation mixes the ``2 l + 1`` coefficie
 matrix. For two elements n1 and n2 run over the functions of both (cross-species spectra).
 
 Coefficients are sums over neighbours of products of a radial and an angular factor, so they are matrix products: one
-per centre, element and degree. Derivatives are written out: ``dc`` of every neighbour, then ``dp = dc c + c dc``.
+per centre, element and degree. Derivatives are written out: ``dc`` of every neighbour, then ``dp = dc c + c dc``. Where
+nothing is to be differentiated, compiled loops do the same several times faster (:mod:`tlmc.descriptors.kernels`).
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ vectors ``v_j`` (length ``d_j``) and ``d_jk = |v_j - v_k|`` has
 
 **Each pair of neighbours counts once**, as in DScribe. Behler's sum runs over all j and all k, and is twice as large.
 ``eta = 0, r_s = 0`` makes G2 the sum of the cutoffs, which Behler calls G1.
+
+Values that are not to be differentiated come from compiled loops (:mod:`tlmc.descriptors.kernels`).
 """
 
 from __future__ import annotations
