@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
 from ctypes import POINTER, c_double, c_int, c_long, c_void_p
 from pathlib import Path
 
@@ -160,8 +159,8 @@ def symmetry_values(
     n_species: int,
     n_features: int,
     r_cut: float,
-    radial: Sequence[tuple[float, float]],
-    angular: Sequence[tuple[float, float, float]],
+    radial: Tensor,
+    angular: Tensor,
     n_near: int,
 ) -> Tensor:
     """Return symmetry functions, ``(n_centres, n_features)``.
@@ -175,14 +174,13 @@ def symmetry_values(
     r_cut
         Cutoff in Angstrom.
     radial, angular
-        ``(eta, r_s)`` of every G2, and ``(eta, zeta, lambda_)`` of every G4, then of every G5.
+        ``(eta, r_s)`` of every G2, ``(n, 2)``, and ``(eta, zeta, lambda_)`` of every G4, then of every G5, ``(n, 3)``.
     n_near
         How many of `angular` are G4.
     """
     n_centres, n_pairs = len(environments.species), len(environments.centre)
-    parameters = [torch.tensor(functions, dtype=torch.float64) for functions in (radial, angular)]
     pairs = environments.centre, environments.neighbour_species, environments.vectors
-    tensors = [*parameters, *(tensor.contiguous() for tensor in pairs)]
+    tensors = [radial, angular, *(tensor.contiguous() for tensor in pairs)]
     sizes = n_species, len(radial), n_near, len(angular), n_pairs
     symmetry = _Symmetry(*sizes, r_cut, *(tensor.data_ptr() for tensor in tensors))
     threads = _threads(n_centres, n_pairs**2 // (2 * n_centres * TRIPLES))

@@ -92,6 +92,9 @@ class SymmetryFunctions(LocalDescriptor):
                 raise ConfigError(f"zeta must be 1 or more and lambda_ 1 or -1, got {zeta} and {lambda_}")
         self.r_cut, self.radial = r_cut, tuple(radial)
         self.angular, self.angular_wide = tuple(angular), tuple(angular_wide)
+        # as the compiled functions take them
+        self._radial_constants = torch.tensor(self.radial, dtype=torch.float64)
+        self._angular_constants = torch.tensor((*self.angular, *self.angular_wide), dtype=torch.float64)
 
     @property
     def reach(self) -> float:
@@ -123,7 +126,7 @@ class SymmetryFunctions(LocalDescriptor):
     def values(self, environments: Environments) -> Tensor:
         """Return the functions, ``(n_centres, n_features)``, differentiable (twice) in ``environments.vectors``."""
         if kernels.can_serve(environments):
-            functions = self.radial, (*self.angular, *self.angular_wide), len(self.angular)
+            functions = self._radial_constants, self._angular_constants, len(self.angular)
             return kernels.symmetry_values(environments, len(self.species), self.n_features, self.r_cut, *functions)
         distances = torch.linalg.vector_norm(environments.vectors, dim=1)
         cutoff, _ = _cosine_cutoff(distances, self.r_cut)
