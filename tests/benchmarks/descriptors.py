@@ -181,7 +181,7 @@ def other_load(seconds: float = 2.0) -> float:
 def main() -> int:
     """Run the benchmark; return 1 without a report if the machine is busy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--repetitions", type=int, default=31)
     parser.add_argument("--seconds", type=float, default=3.0, help="a pair of functions is not repeated beyond this")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--largest", type=int, default=504, help="derivatives up to this many atoms")

@@ -165,7 +165,9 @@ def pair_list(frame: Atoms, r_cut: float) -> tuple[NDArray[np.int64], NDArray[np
     frame, r_cut
         As in :func:`neighbours`.
     """
-    finder = vesin.NeighborList(cutoff=r_cut, full_list=True, sorted=True)
+    # a second thread takes longer to wake than a small cell needs
+    threads = 1 if len(frame) < 100 else torch.get_num_threads()
+    finder = vesin.NeighborList(cutoff=r_cut, full_list=True, sorted=True, n_threads=threads)
     periodic = np.asarray(frame.pbc)
     cell = np.asarray(frame.cell.array, dtype=np.float64)
     if not periodic.all():
