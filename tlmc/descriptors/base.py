@@ -237,8 +237,7 @@ class LocalDescriptor(Descriptor):
         # most often there is one structure, whose columns need no copy
         arrays = parts[0] if len(parts) == 1 else [np.concatenate(column) for column in zip(*parts, strict=True)]
         *columns, vectors = map(torch.from_numpy, arrays)
-        vectors = vectors if self.dtype == torch.float64 else vectors.to(self.dtype)
-        return Environments._make([*columns, vectors, tuple(map(len, frames))])
+        return Environments._make([*columns, vectors.to(self.dtype), tuple(map(len, frames))])
 
     def __call__(self, structures: Structures, centers: Centers = None) -> Tensor:
         """Return one row per centre; see :class:`Descriptor`."""

@@ -115,7 +115,7 @@ class SoapSums:
         """
         n_rows = self._n_centres if rows is None else len(rows) - 1
         result = torch.empty(n_rows, self._n_features, dtype=torch.float64)
-        room, threads = self._room(n_rows, self._soap.n_pairs // VALUE_PAIRS)
+        room, threads = _room(_library().soap_room(self._soap), n_rows, self._soap.n_pairs // VALUE_PAIRS)
         first = None if rows is None else rows.data_ptr()
         _library().soap_values(self._soap, n_rows, first, self._n_features, room.data_ptr(), result.data_ptr(), threads)
         return result
@@ -142,16 +142,11 @@ class SoapSums:
         entries = torch.searchsorted(rows, torch.arange(last - first + 1))
         result = torch.empty(len(rows), self._n_features, 3, dtype=torch.float64)
         lists = (tensor.data_ptr() for tensor in (entries, own, image_starts, images))
-        room, threads = self._room(last - first, (end - begin) // SLOPE_PAIRS)
+        room, threads = _room(_library().soap_room(self._soap), last - first, (end - begin) // SLOPE_PAIRS)
         _library().soap_slopes(
             self._soap, first, last - first, *lists, self._n_features, room.data_ptr(), result.data_ptr(), threads
         )
         return result
-
-    def _room(self, n_rows: int, useful: int) -> tuple[Tensor, int]:
-        """Return room for the threads, and their number."""
-        threads = _threads(n_rows, useful)
-        return torch.empty(threads * _library().soap_room(self._soap), dtype=torch.float64), threads
 
 
 def symmetry_values(
@@ -183,11 +178,16 @@ def symmetry_values(
     tensors = [radial, angular, *(tensor.contiguous() for tensor in pairs)]
     sizes = n_species, len(radial), n_near, len(angular), n_pairs
     symmetry = _Symmetry(*sizes, r_cut, *(tensor.data_ptr() for tensor in tensors))
-    threads = _threads(n_centres, n_pairs**2 // (2 * n_centres * TRIPLES))
-    room = torch.empty(threads * _library().symmetry_room(symmetry), dtype=torch.float64)
+    room, threads = _room(_library().symmetry_room(symmetry), n_centres, n_pairs**2 // (2 * n_centres * TRIPLES))
     result = torch.empty(n_centres, n_features, dtype=torch.float64)
     _library().symmetry_values(symmetry, n_centres, n_features, room.data_ptr(), result.data_ptr(), threads)
     return result
+
+
+def _room(per_thread: int, n_rows: int, useful: int) -> tuple[Tensor, int]:
+    """Return room for the threads, float64, and their number."""
+    threads = _threads(n_rows, useful)
+    return torch.empty(threads * per_thread, dtype=torch.float64), threads
 
 
 def _threads(n_rows: int, useful: int) -> int:

@@ -172,8 +172,9 @@ class SOAP(LocalDescriptor):
         parts = self._jacobian_chunks(environments)
         if self.average == "off":
             first, *others = parts
-            columns = zip(first, *others, strict=True)
-            return SparseJacobian(*first) if not others else SparseJacobian(*(torch.cat(column) for column in columns))
+            if not others:  # one piece needs no copy
+                return SparseJacobian(*first)
+            return SparseJacobian(*(torch.cat(column) for column in zip(first, *others, strict=True)))
         n_atoms = sum(environments.sizes)
         counts = torch.bincount(environments.structures, minlength=len(environments.sizes))
         total = environments.vectors.new_zeros(n_atoms, self.n_features, 3)
