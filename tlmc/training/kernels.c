@@ -21,7 +21,8 @@ typedef struct {
 
 /* Matrix products. A tile of C, ROWS by WIDTH, stays in registers while the inner index runs over a packed panel of B
 (inner, WIDTH) and over single elements of A. The matrices here are small enough for the cache, so that only the
-panel, which is read again for every ROWS rows, is worth a copy. */
+panel, which is read again for every ROWS rows, is worth a copy. Weights come from memory when a task begins, though, and
+a panel of them is a line here and a line there, which no processor foresees: the next panel is asked for meanwhile. */
 #define ROWS 6
 #define WIDTH (2 * VECTOR)
 #define MAX_INNER 256
@@ -33,6 +34,7 @@ static inline __attribute__((always_inline)) void tile_product(int rows, long in
     vector sum[ROWS][2];
     for (int i = 0; i < rows; i++) sum[i][0] = tile[i][0], sum[i][1] = tile[i][1];
     for (long k = 0; k < inner; k++, A += inner_step, panel += panel_step) {
+        __builtin_prefetch(panel + WIDTH);
         const vector left = *(const vector *)panel, right = *(const vector *)(panel + VECTOR);
         for (int i = 0; i < rows; i++) {
             const real a = A[i * row_step];
@@ -40,6 +42,28 @@ static inline __attribute__((always_inline)) void tile_product(int rows, long in
         }
     }
     for (int i = 0; i < rows; i++) tile[i][0] = sum[i][0], tile[i][1] = sum[i][1];
+}
+
+/* The same for the left half of the tile alone, where B ends: few atoms are few columns. */
+static inline __attribute__((always_inline)) void half_product(int rows, long inner, const real *A, long row_step,
+                                                               long inner_step, const real *panel, long panel_step, vector tile[][2]) {
+    vector sum[ROWS];
+    for (int i = 0; i < rows; i++) sum[i] = tile[i][0];
+    for (long k = 0; k < inner; k++, A += inner_step, panel += panel_step)
+        for (int i = 0; i < rows; i++) sum[i] += A[i * row_step] * *(const vector *)panel;
+    for (int i = 0; i < rows; i++) tile[i][0] = sum[i];
+}
+
+static void half_tile(long rows, long inner, const real *A, long row_step, long inner_step, const real *panel,
+                      long panel_step, vector tile[][2]) {
+    switch (rows) {
+    case 6: half_product(6, inner, A, row_step, inner_step, panel, panel_step, tile); break;
+    case 5: half_product(5, inner, A, row_step, inner_step, panel, panel_step, tile); break;
+    case 4: half_product(4, inner, A, row_step, inner_step, panel, panel_step, tile); break;
+    case 3: half_product(3, inner, A, row_step, inner_step, panel, panel_step, tile); break;
+    case 2: half_product(2, inner, A, row_step, inner_step, panel, panel_step, tile); break;
+    default: half_product(1, inner, A, row_step, inner_step, panel, panel_step, tile);
+    }
 }
 
 /* C = A B for the elements (i, k), (k, j), (i, j) at the given steps; exactly one step of B and of C is 1. */
@@ -54,8 +78,10 @@ static void product(long rows, long columns, long inner, const real *A, long A_r
             long step = B_inner;
             if (width < WIDTH || B_column != 1 || rows > PACK_ABOVE) {
                 if (width == WIDTH && B_column == 1)
-                    for (long k = 0; k < depth; k++)
+                    for (long k = 0; k < depth; k++) {
                         memcpy(panel + k * WIDTH, from + k * B_inner, WIDTH * sizeof(real));
+                        __builtin_prefetch(from + k * B_inner + WIDTH);
+                    }
                 else
                     for (long k = 0; k < depth; k++)
                         for (long l = 0; l < WIDTH; l++)
@@ -70,7 +96,9 @@ static void product(long rows, long columns, long inner, const real *A, long A_r
                 if (first)
                     for (long r = 0; r < height; r++)
                         for (long l = 0; l < width; l++) ((real *)tile[r])[l] = c[r * C_row + l * C_column];
-                switch (height) {
+                if (width <= VECTOR)
+                    half_tile(height, depth, a, A_row, A_inner, from, step, tile);
+                else switch (height) {
                 case 6: tile_product(6, depth, a, A_row, A_inner, from, step, tile); break;
                 case 5: tile_product(5, depth, a, A_row, A_inner, from, step, tile); break;
                 case 4: tile_product(4, depth, a, A_row, A_inner, from, step, tile); break;
