@@ -24,8 +24,11 @@ from typer.testing import CliRunner
 from tlmc import cli
 from tlmc.datasets import load_dataset
 from tlmc.evaluation.records import read_records
+from tlmc.peer import PeerExperiment
 from tlmc.potentials.calculator import predict
+from tlmc.splits import split_dataset
 from tlmc.training.checkpoint import load_model
+from tlmc.training.finetune import RECIPES
 
 N_FRAMES = 20
 OFFSET = 0.3
@@ -355,6 +358,27 @@ class TestPeer:
         assert (code, text) == (2, "SevenNet-0 needs the package sevenn: pip install 'tlmc[peer]'")
         code, _, text = tlmc("-q", "peer", data, "--lr", 0)
         assert (code, text) == (2, "peer: lr = 0.0: Input should be greater than 0")
+        code, _, text = tlmc("-q", "peer", data, "--against", "rich, fast")
+        assert code == 2
+        assert text.startswith("there is no recipe 'fast': choose one of thesis, short")
+
+    def test_what_it_costs_beside_our_recipes(self, tlmc, data, monkeypatch):
+        def history(dataset, config, **_):  # the peer itself needs a large package, and minutes
+            rows = {"epoch": [0.0, 1.0], "cpu_seconds": [1.0, 90.0], "validation_force_rmse_vector": [0.4, 0.1]}
+            table = pd.DataFrame(rows | {"validation_energy_rmse_per_atom": [2e-3, 1e-3]})
+            return PeerExperiment(dataset, split_dataset(dataset, seed=config.seed), {}, table, data.parent)
+
+        monkeypatch.setenv("TLMC_REPORTS_DIR", str(data.parent / "costs"))
+        monkeypatch.setattr("tlmc.peer.run_peer", history)
+        monkeypatch.setitem(RECIPES, "quick", RECIPES["quick"] | {"epochs": 2})
+        code, text, _ = tlmc("-q", "peer", data, "--against", "quick", "--start-model", "ani2xt", "--seed", 1)
+        assert code == 0
+        assert "peer_cost.csv" in text
+        table = pd.read_csv(data.parent / "costs" / "tables" / "peer_cost.csv")
+        assert table["setting"].tolist() == ["sevennet"] * 2 + ["ani2xt, quick"] * 2
+        assert set(table["seed"]) == {1}
+        assert table["cpu_seconds"].gt(0).all()
+        assert (data.parent / "costs" / "figures" / "peer_cost.png").is_file()
 
 
 class TestStudy:

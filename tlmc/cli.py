@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -21,13 +21,14 @@ from typer.core import TyperGroup
 
 # What is slow to import (torch, ASE, matplotlib) is imported by the commands that need it: --help answers at once.
 from tlmc.errors import ConfigError, TlmcError
-from tlmc.files import atomic_path, write_json
+from tlmc.files import atomic_path, write_json, write_text
 from tlmc.paths import cache_dir, mirror_dir, reports_dir
 
 if TYPE_CHECKING:
     from tlmc.evaluation.comparison import Stage
     from tlmc.evaluation.metrics import Metric
     from tlmc.labelled import Dataset
+    from tlmc.peer import PeerExperiment
     from tlmc.potentials.model import Potential
 
 EPILOG = """
@@ -292,7 +293,7 @@ def finetune(
 def casestudy(
     crystals: Annotated[str, typer.Argument(help="A folder of trajectories, or names and files parted by commas.")],
     start_model: Annotated[Literal["ani2x", "ani2xt"], typer.Option(help="Start model.")] = "ani2xt",
-    recipe: Annotated[str, typer.Option(help="thesis, short, scratch or frozen.")] = "short",
+    recipe: Annotated[str, typer.Option(help="thesis, short, quick, rich, scratch or frozen.")] = "short",
     seeds: Annotated[int, typer.Option(min=1, help="Splits and trainings per crystal.")] = 1,
     epochs: Annotated[int | None, typer.Option(help="Default: the recipe's.")] = None,
     setting: Annotated[
@@ -570,6 +571,10 @@ def peer(
     lr: Annotated[float | None, typer.Option(help="Learning rate at the start.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the split and of the training.")] = 0,
     crystals_only: Annotated[bool, typer.Option("--crystals-only", help="Leave isolated molecules out.")] = False,
+    against: Annotated[
+        str, typer.Option(metavar="RECIPES", help="Also fine-tune our model, and draw error against processor time.")
+    ] = "",
+    start_model: Annotated[Literal["ani2x", "ani2xt"], typer.Option(help="Start model of --against.")] = "ani2x",
     study_name: Annotated[
         str | None, typer.Option("--record", metavar="STUDY", help="Add the test errors to metrics/summary.parquet.")
     ] = None,
@@ -577,27 +582,38 @@ def peer(
     r"""Evaluate or fine-tune SevenNet-0, a network trained on inorganic crystals, on our splits, for comparison.
 
     Needs pip install 'tlmc\[peer]'. Its energy offset is fitted on the training part. A fine-tuning takes minutes per
-    epoch on a CPU; one that was interrupted goes on from its last epoch. Runs are kept under <reports>/runs.
+    epoch on a CPU; one that was interrupted goes on from its last epoch. Runs are kept under <reports>/runs. With
+    --against, <reports>/tables/peer_cost.csv and figures/peer_cost.png tell what each of them costs and gains.
 
     [bold]Examples[/bold]
 
     tlmc peer naphthalene
 
-    tlmc peer molcrys-mace/21_urea molcrys-mace/04_ammonia --crystals-only --epochs 8 --record peer
+    tlmc peer molcrys-mace/21_urea molcrys-mace/04_ammonia --crystals-only --epochs 8 --against rich --record peer
     """
     from tlmc.datasets import load_dataset
     from tlmc.peer import peer_config, run_peer
+    from tlmc.potentials.pretrained import load_start_model
+    from tlmc.training.finetune import recipe as recipe_of
 
+    recipes = [part.strip() for part in against.split(",") if part.strip()]
+    for name in recipes:
+        recipe_of(name)
+    model = load_start_model(start_model) if recipes else None
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
     config = peer_config(**{name: value for name, value in given.items() if value is not None})
+    runs = []
     # all are read before the first run starts
     for data in [load_dataset(name) for name in datasets]:
         if crystals_only:
             data = data.crystals()
         run = run_peer(data, config, study=study_name or "")
+        runs.append(run)
         title = f"{data.name}: errors on {len(run.split.test)} test frames, trained on {len(run.split.train)}"
         _print_metrics(title, {name: stage.metrics for name, stage in run.stages.items()})
         out.print(f"run: {run.run_dir}", soft_wrap=True)
+    if model is not None:
+        _peer_costs(runs, model, recipes, seed)
 
 
 @sweep_app.command("plan")
@@ -738,6 +754,29 @@ def _parity(target: Path, data: Dataset, stages: Mapping[str, Stage], recipe: st
     figure = parity_grid(data, stages[START].predictions, stages[recipe].predictions)
     with atomic_path(target) as temporary:
         figure.savefig(temporary, dpi=200)
+
+
+def _peer_costs(runs: Sequence[PeerExperiment], model: Potential, recipes: Sequence[str], seed: int) -> None:
+    """Fine-tune our model on the peer's data, too, and write error against processor time as a table and a figure."""
+    import matplotlib as mpl
+
+    # no window, whatever the shell's backend is
+    mpl.use("Agg")
+    import pandas as pd
+
+    from tlmc.experiments import convergence
+    from tlmc.peer import cost_table
+    from tlmc.plots import error_against_time_panels, save_figure
+
+    settings = {f"{model.name}, {name}": {"recipe": name} for name in recipes}
+    ours = convergence(model, [run.dataset for run in runs], 1, settings, first_seed=seed)
+    name = "sevennet"
+    theirs = [cost_table({name: run}).assign(dataset=run.dataset.name)[ours.columns] for run in runs]
+    table = pd.concat([*theirs, ours], ignore_index=True)
+    target = reports_dir() / "tables" / "peer_cost.csv"
+    write_text(target, table.to_csv(index=False))
+    figure = error_against_time_panels(dict(iter(table.groupby("dataset", sort=False))))
+    out.print(f"error against time: {target}, {save_figure(figure, 'peer_cost')[0]}", soft_wrap=True)
 
 
 def _installation() -> dict[str, str]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class TlmcError(ValueError):
     """Base class of all errors this package raises on purpose; the command line prints them without a traceback."""
@@ -21,3 +26,11 @@ class ConfigError(TlmcError):
 
 class StudyError(TlmcError):
     """A notebook of the study that failed or did not finish."""
+
+
+def problems_of(error: ValidationError) -> str:
+    """Say in a line what pydantic found."""
+    return "; ".join(
+        f"{'.'.join(map(str, problem['loc'])) or 'content'} = {problem['input']!r:.80}: {problem['msg']}"
+        for problem in error.errors()
+    )

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tlmc.datasets import load_dataset
-from tlmc.errors import ConfigError
+from tlmc.errors import ConfigError, problems_of
 from tlmc.evaluation.forgetting import forgetting
 from tlmc.evaluation.records import append_records, rows_from_metrics
 from tlmc.experiments import Experiment, run_experiment
@@ -195,11 +195,3 @@ def make_run(content: Any, where: str) -> Run:
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     return run
-
-
-def problems_of(error: ValidationError) -> str:
-    """Say in a line what pydantic found."""
-    return "; ".join(
-        f"{'.'.join(map(str, problem['loc'])) or 'content'} = {problem['input']!r:.80}: {problem['msg']}"
-        for problem in error.errors()
-    )

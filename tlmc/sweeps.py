@@ -31,14 +31,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tlmc.datasets import available, local_file
-from tlmc.errors import ConfigError, DataError, StudyError
+from tlmc.errors import ConfigError, DataError, StudyError, problems_of
 from tlmc.evaluation.records import CELL, COLUMNS, read_records
 from tlmc.files import sha256_file, write_json, write_text
 from tlmc.outcomes import metrics_file, read_metrics
 from tlmc.paths import project_root
 from tlmc.profiles import Parameter, read_notebook, read_step
 from tlmc.provenance import package_versions, program_hash
-from tlmc.runs import Run, make_run, problems_of, read_yaml
+from tlmc.runs import Run, make_run, read_yaml
 from tlmc.study import execute_notebook, kernel_environment
 
 NOTEBOOK = "10_single_run"

@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from tlmc.errors import ConfigError, ModelError
+from tlmc.errors import ConfigError, ModelError, problems_of
 from tlmc.evaluation.comparison import Stage
 from tlmc.evaluation.metrics import as_json, evaluate
 from tlmc.evaluation.records import append_records, rows_from_metrics
@@ -75,10 +75,7 @@ def peer_config(**settings: Any) -> PeerConfig:
     try:
         return PeerConfig(**settings)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{problem['loc'][0]} = {problem['input']!r}: {problem['msg']}" for problem in error.errors()
-        )
-        raise ConfigError(f"peer: {problems}") from error
+        raise ConfigError(f"peer: {problems_of(error)}") from error
 
 
 @dataclass(frozen=True)

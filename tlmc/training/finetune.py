@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tlmc.descriptors.enrichment import Compression, fit_enrichment
-from tlmc.errors import ConfigError, DataError, ModelError
+from tlmc.errors import ConfigError, DataError, ModelError, problems_of
 from tlmc.files import atomic_path, write_json
 from tlmc.labelled import Dataset
 from tlmc.potentials.model import Potential
@@ -165,11 +165,7 @@ def recipe(name: str, **changes: Any) -> FinetuneConfig:
     try:
         return FinetuneConfig(**({"recipe": name} | RECIPES[name] | changes))
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc']))} = {problem['input']!r}: {problem['msg']}"
-            for problem in error.errors()
-        )
-        raise ConfigError(f"recipe {name}: {problems}") from error
+        raise ConfigError(f"recipe {name}: {problems_of(error)}") from error
 
 
 @dataclass(frozen=True)
