@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tlmc.evaluation import comparison_table, format_comparison, read_records
@@ -26,6 +27,28 @@ def markdown(study: str, dataset: str) -> str:
 @pytest.mark.parametrize(("study", "dataset", "shown"), TABLE.findall(README))
 def test_tables_are_those_of_the_reference_run(study, dataset, shown):
     assert shown == markdown(study, dataset)
+
+
+def geometric_means(recipe: str) -> tuple[float, float]:
+    """Test errors over the public crystals, eV/A and meV/atom: geometric means of the means over the seeds."""
+    records = read_records(ROOT / "reports" / "metrics", study="public-dft", recipe=recipe, split="test")
+    means = [
+        records[records["quantity"] == quantity].groupby("dataset")["value"].mean()
+        for quantity in ("force_rmse_vector", "energy_rmse_per_atom")
+    ]
+    assert [len(mean) for mean in means] == [8, 8]
+    force, energy = (float(np.exp(np.log(mean).mean())) for mean in means)
+    return force, 1000.0 * energy
+
+
+def test_errors_on_public_crystals_are_those_of_the_record():
+    text = " ".join((ROOT / "reports" / "README.md").read_text(encoding="utf-8").split())
+    said = r"means over the seeds: (\S+) eV/A \(vector\) and (\S+) meV/atom; a quarter of the frames: (\S+) and (\S+)\."
+    [numbers] = re.findall(said, text)
+    found = (*geometric_means("rich"), *geometric_means("rich, a quarter of the frames"))
+    assert [f"{value:.{len(said) - said.index('.') - 1}f}" for value, said in zip(found, numbers, strict=True)] == [
+        *numbers
+    ]
 
 
 def test_there_is_a_table():
