@@ -26,7 +26,7 @@ from tlmc.potentials.model import Potential
 from tlmc.splits import Split, SplitMethod, shrunk, split_dataset
 from tlmc.training.cache import build_cache
 from tlmc.training.distributed import Group
-from tlmc.training.finetune import FinetuneConfig, FinetuneResult, finetune, recipe, run_name
+from tlmc.training.finetune import FinetuneConfig, FinetuneResult, finetune, first_model, recipe, run_name
 from tlmc.training.kernels import kernels
 
 _LOG = logging.getLogger(__name__)
@@ -176,6 +176,17 @@ CONVERGENCE: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
 )  # fmt: skip
 """Settings to compare with :func:`convergence`: the thesis' protocol, and ways to visit each structure less often."""
 
+COLUMNS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "AEV alone": {"recipe": "rich", "richer": None},
+        "SOAP 4, 4": {"recipe": "rich", "richer": {"kind": "soap"}},
+        "SOAP 4, 4, pairs": {"recipe": "rich", "richer": {"kind": "soap", "compression": "none"}},
+        "SOAP 6, 6": {"recipe": "rich"},
+    }
+)
+"""Columns behind the AEV to compare with :func:`convergence`, all else being the recipe ``rich``: how finely SOAP
+resolves (``n_max``, ``l_max``), and whether the element of the second neighbour counts."""
+
 
 def convergence(
     model: Potential,
@@ -251,7 +262,7 @@ def _timed_history(
 ) -> pd.DataFrame:
     """Return epoch, processor time and validation errors of a training that is kept in memory."""
     dtype = getattr(torch, config.precision)
-    build_cache(model, dataset.frames, dtype)
+    build_cache(first_model(model, dataset, parts, config), dataset.frames, dtype)
     kernels(dtype)
     began = time.process_time()
     history = finetune(model, dataset, parts, config, progress=progress).history

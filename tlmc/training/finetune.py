@@ -146,7 +146,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # at three times the rate single frames far from the others come out much worse
     "rich": {
         "epochs": 60, "lambda_": 0.1, "lr": 1e-4, "weight_decay": 0.01, "schedule": "cosine", "warmup_epochs": 1,
-        "loss": "huber", "huber_delta": 0.1, "richer": {"kind": "soap"},
+        "loss": "huber", "huber_delta": 0.1, "richer": {"kind": "soap", "parameters": {"n_max": 6, "l_max": 6}},
     },
 }  # fmt: skip
 """Named settings, as differences from the thesis protocol."""
@@ -265,7 +265,8 @@ def finetune(
     _check_split(dataset, split)
     for frame in dataset.frames:
         model.species(frame)  # an element without a network is an error before anything is written
-    ensemble = model if config.members is None else first_members(model, config.members)
+    if config.members is not None:
+        first_members(model, config.members)  # as is an ensemble that is too small
     if tensorboard and run_dir is None:
         raise ConfigError("tensorboard needs a run_dir to write to")
     description = _describe(model, dataset, split, config)
@@ -280,11 +281,8 @@ def finetune(
     if not group.is_first:
         folder, progress = None, False
 
-    threads = threads or (1 if ensemble.members == 1 else torch.get_num_threads())
-    begin = scratch(ensemble, config.seed) if config.init == "scratch" else ensemble
-    if config.richer is not None:
-        train = [dataset.frames[k] for k in split.train]
-        begin = enrich(begin, fit_enrichment(train, species=dataset.elements, **config.richer.model_dump()))
+    begin = first_model(model, dataset, split, config)
+    threads = threads or (1 if begin.members == 1 else torch.get_num_threads())
     dtype = cast(torch.dtype, getattr(torch, config.precision))
     replayed = isolated_molecules(dataset.elements, "replayed") if config.replay else []
     with group.first_alone(), _bar(progress, len(dataset), "descriptors") as bar:
@@ -340,6 +338,23 @@ def finetune(
             row = state.history[state.best_epoch - 1 if potential is best else -1]
             save_model(potential, folder / f"{name}.safetensors", description | {"run_id": run_id, "metrics": row})
     return FinetuneResult(kept, history, state.best_epoch, config, run_id, folder, resumed_from)
+
+
+def first_model(model: Potential, dataset: Dataset, split: Split, config: FinetuneConfig) -> Potential:
+    """Return what :func:`finetune` begins with: the members, first weights and columns that the settings ask for.
+
+    Raises
+    ------
+    ModelError
+        If the model has fewer members than asked for.
+    """
+    result = model if config.members is None else first_members(model, config.members)
+    if config.init == "scratch":
+        result = scratch(result, config.seed)
+    if config.richer is not None:
+        train = [dataset.frames[k] for k in split.train]
+        result = enrich(result, fit_enrichment(train, species=dataset.elements, **config.richer.model_dump()))
+    return result
 
 
 class _Labelled(NamedTuple):
