@@ -30,7 +30,8 @@ a panel of them is a line here and a line there, which no processor foresees: th
 
 /* tile (rows, WIDTH) += A panel; A has element (i, k) at i * row_step + k * inner_step. */
 static inline __attribute__((always_inline)) void tile_product(int rows, long inner, const real *A, long row_step,
-                                                               long inner_step, const real *panel, long panel_step, vector tile[][2]) {
+                                                               long inner_step, const real *panel, long panel_step,
+                                                               vector tile[][2]) {
     vector sum[ROWS][2];
     for (int i = 0; i < rows; i++) sum[i][0] = tile[i][0], sum[i][1] = tile[i][1];
     for (long k = 0; k < inner; k++, A += inner_step, panel += panel_step) {
@@ -46,7 +47,8 @@ static inline __attribute__((always_inline)) void tile_product(int rows, long in
 
 /* The same for the left half of the tile alone, where B ends: few atoms are few columns. */
 static inline __attribute__((always_inline)) void half_product(int rows, long inner, const real *A, long row_step,
-                                                               long inner_step, const real *panel, long panel_step, vector tile[][2]) {
+                                                               long inner_step, const real *panel, long panel_step,
+                                                               vector tile[][2]) {
     vector sum[ROWS];
     for (int i = 0; i < rows; i++) sum[i] = tile[i][0];
     for (long k = 0; k < inner; k++, A += inner_step, panel += panel_step)
