@@ -179,9 +179,9 @@ CONVERGENCE: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
 COLUMNS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "AEV alone": {"recipe": "rich", "richer": None},
-        "SOAP 4, 4": {"recipe": "rich", "richer": {"kind": "soap"}},
+        "SOAP 4, 4": {"recipe": "rich"},
         "SOAP 4, 4, pairs": {"recipe": "rich", "richer": {"kind": "soap", "compression": "none"}},
-        "SOAP 6, 6": {"recipe": "rich"},
+        "SOAP 6, 6": {"recipe": "rich", "richer": {"kind": "soap", "parameters": {"n_max": 6, "l_max": 6}}},
     }
 )
 """Columns behind the AEV to compare with :func:`convergence`, all else being the recipe ``rich``: how finely SOAP

@@ -257,9 +257,8 @@ def measure_target(model: Potential, epoch: dict[str, Any], threads: int) -> dic
     }
     # by rising cost
     candidates: list[dict[str, Any]] = [
-        # the recipe's columns resolve more than this one crystal needs
-        *({"name": "rich", "richer": {"kind": "soap"}, "members": 2, "epochs": epochs} for epochs in (20, 30, 40, 60)),
-        {"name": "rich", "richer": {"kind": "soap"}, "members": 4},
+        *({"name": "rich", "members": 2, "epochs": epochs} for epochs in (20, 30, 40, 60)),
+        {"name": "rich", "members": 4},
         {"name": "short"},
     ]
     for settings in candidates:

@@ -146,7 +146,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # at three times the rate single frames far from the others come out much worse
     "rich": {
         "epochs": 60, "lambda_": 0.1, "lr": 1e-4, "weight_decay": 0.01, "schedule": "cosine", "warmup_epochs": 1,
-        "loss": "huber", "huber_delta": 0.1, "richer": {"kind": "soap", "parameters": {"n_max": 6, "l_max": 6}},
+        "loss": "huber", "huber_delta": 0.1, "richer": {"kind": "soap"},
     },
 }  # fmt: skip
 """Named settings, as differences from the thesis protocol."""
