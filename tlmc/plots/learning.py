@@ -199,7 +199,9 @@ def error_against_time(
         ends = runs.groupby("seed").last()
         ax.plot(ends["cpu_seconds"], factor * ends[column], "o", color=colour, markersize=3.5, label=name)
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    times = table["cpu_seconds"]
+    # over three decades there is no room for more
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if times.max() < 300 * times.min() else (1.0,)))
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     values = factor * table[column].to_numpy(dtype=np.float64)
