@@ -180,7 +180,7 @@ COLUMNS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "AEV alone": {"recipe": "rich", "richer": None},
         "SOAP 4, 4": {"recipe": "rich"},
-        "SOAP 4, 4, pairs": {"recipe": "richest"},
+        "SOAP 4, 4, pairs": {"recipe": "rich", "richer": {"kind": "soap", "compression": "none"}},
         "SOAP 6, 6": {"recipe": "rich", "richer": {"kind": "soap", "parameters": {"n_max": 6, "l_max": 6}}},
     }
 )

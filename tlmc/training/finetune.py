@@ -134,11 +134,6 @@ class FinetuneConfig(BaseModel):
         return self
 
 
-# at three times the rate single frames far from the others come out much worse
-_RICH: dict[str, Any] = {
-    "epochs": 60, "lambda_": 0.1, "lr": 1e-4, "weight_decay": 0.01, "schedule": "cosine", "warmup_epochs": 1,
-    "loss": "huber", "huber_delta": 0.1,
-}  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
     "thesis": {},
     "short": {"epochs": 60, "lambda_": 0.1, "lr": 3e-4, "weight_decay": 0.01, "schedule": "cosine"},
@@ -148,9 +143,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "scratch": {"init": "scratch"},
     "frozen": {"layers": "hidden"},
-    "rich": _RICH | {"richer": {"kind": "soap"}},
-    # pairs of elements apart: several times the columns, for a third more time
-    "richest": _RICH | {"richer": {"kind": "soap", "compression": "none"}},
+    # at three times the rate single frames far from the others come out much worse
+    "rich": {
+        "epochs": 60, "lambda_": 0.1, "lr": 1e-4, "weight_decay": 0.01, "schedule": "cosine", "warmup_epochs": 1,
+        "loss": "huber", "huber_delta": 0.1, "richer": {"kind": "soap"},
+    },
 }  # fmt: skip
 """Named settings, as differences from the thesis protocol."""
 

@@ -45,27 +45,17 @@ static inline __attribute__((always_inline)) void tile_product(int rows, long in
     for (int i = 0; i < rows; i++) tile[i][0] = sum[i][0], tile[i][1] = sum[i][1];
 }
 
-/* The same for the left half of the tile alone, where B ends: few atoms are few columns. */
-static inline __attribute__((always_inline)) void half_product(int rows, long inner, const real *A, long row_step,
-                                                               long inner_step, const real *panel, long panel_step,
-                                                               vector tile[][2]) {
-    vector sum[ROWS];
-    for (int i = 0; i < rows; i++) sum[i] = tile[i][0];
-    for (long k = 0; k < inner; k++, A += inner_step, panel += panel_step)
-        for (int i = 0; i < rows; i++) sum[i] += A[i * row_step] * *(const vector *)panel;
-    for (int i = 0; i < rows; i++) tile[i][0] = sum[i];
-}
-
+/* The same for the left half of the tile alone, where B ends: few atoms are few columns. Always ROWS rows, the last one
+again and again if there are fewer: a compiler may round a loop for one row otherwise than a loop for six, and results
+must not depend on where in a batch an atom stands. */
 static void half_tile(long rows, long inner, const real *A, long row_step, long inner_step, const real *panel,
                       long panel_step, vector tile[][2]) {
-    switch (rows) {
-    case 6: half_product(6, inner, A, row_step, inner_step, panel, panel_step, tile); break;
-    case 5: half_product(5, inner, A, row_step, inner_step, panel, panel_step, tile); break;
-    case 4: half_product(4, inner, A, row_step, inner_step, panel, panel_step, tile); break;
-    case 3: half_product(3, inner, A, row_step, inner_step, panel, panel_step, tile); break;
-    case 2: half_product(2, inner, A, row_step, inner_step, panel, panel_step, tile); break;
-    default: half_product(1, inner, A, row_step, inner_step, panel, panel_step, tile);
-    }
+    vector sum[ROWS];
+    const real *row[ROWS];
+    for (int i = 0; i < ROWS; i++) sum[i] = tile[i][0], row[i] = A + (i < rows ? i : rows - 1) * row_step;
+    for (long k = 0; k < inner; k++, panel += panel_step)
+        for (int i = 0; i < ROWS; i++) sum[i] += row[i][k * inner_step] * *(const vector *)panel;
+    for (long i = 0; i < rows; i++) tile[i][0] = sum[i];
 }
 
 /* C = A B for the elements (i, k), (k, j), (i, j) at the given steps; exactly one step of B and of C is 1. */
