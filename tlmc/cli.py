@@ -324,10 +324,7 @@ def casestudy(
 
     tlmc casestudy molcrys-mace/21_urea,molcrys-mace/06_benzene --start-model ani2x --seeds 3 --shared --record public
     """
-    import matplotlib as mpl
-
-    # no window, whatever the shell's backend is
-    mpl.use("Agg")
+    _draw_without_window()
     from tlmc.casestudy import CaseStudy, format_errors, load_crystals, sources, write_results
     from tlmc.potentials.pretrained import load_start_model
     from tlmc.potentials.transfer import THESIS_DONORS
@@ -743,11 +740,15 @@ def _print_metrics(title: str, columns: Mapping[str, Mapping[str, Metric]]) -> N
     out.print(table)
 
 
-def _parity(target: Path, data: Dataset, stages: Mapping[str, Stage], recipe: str) -> None:
+def _draw_without_window() -> None:
+    """Let figures go to files, whatever the shell's backend is; before the plots are imported."""
     import matplotlib as mpl
 
-    # no window, whatever the shell's backend is
     mpl.use("Agg")
+
+
+def _parity(target: Path, data: Dataset, stages: Mapping[str, Stage], recipe: str) -> None:
+    _draw_without_window()
     from tlmc.evaluation.comparison import START
     from tlmc.plots import parity_grid
 
@@ -758,10 +759,7 @@ def _parity(target: Path, data: Dataset, stages: Mapping[str, Stage], recipe: st
 
 def _peer_costs(runs: Sequence[PeerExperiment], model: Potential, recipes: Sequence[str], seed: int) -> None:
     """Fine-tune our model on the peer's data, too, and write error against processor time as a table and a figure."""
-    import matplotlib as mpl
-
-    # no window, whatever the shell's backend is
-    mpl.use("Agg")
+    _draw_without_window()
     import pandas as pd
 
     from tlmc.experiments import convergence
@@ -770,8 +768,7 @@ def _peer_costs(runs: Sequence[PeerExperiment], model: Potential, recipes: Seque
 
     settings = {f"{model.name}, {name}": {"recipe": name} for name in recipes}
     ours = convergence(model, [run.dataset for run in runs], 1, settings, first_seed=seed)
-    name = "sevennet"
-    theirs = [cost_table({name: run}).assign(dataset=run.dataset.name)[ours.columns] for run in runs]
+    theirs = [cost_table({"sevennet": run}).assign(dataset=run.dataset.name)[ours.columns] for run in runs]
     table = pd.concat([*theirs, ours], ignore_index=True)
     target = reports_dir() / "tables" / "peer_cost.csv"
     write_text(target, table.to_csv(index=False))

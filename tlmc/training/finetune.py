@@ -265,8 +265,7 @@ def finetune(
     _check_split(dataset, split)
     for frame in dataset.frames:
         model.species(frame)  # an element without a network is an error before anything is written
-    if config.members is not None:
-        first_members(model, config.members)  # as is an ensemble that is too small
+    ensemble = model if config.members is None else first_members(model, config.members)  # or an error, likewise
     if tensorboard and run_dir is None:
         raise ConfigError("tensorboard needs a run_dir to write to")
     description = _describe(model, dataset, split, config)
@@ -281,7 +280,7 @@ def finetune(
     if not group.is_first:
         folder, progress = None, False
 
-    begin = first_model(model, dataset, split, config)
+    begin = first_model(ensemble, dataset, split, config)
     threads = threads or (1 if begin.members == 1 else torch.get_num_threads())
     dtype = cast(torch.dtype, getattr(torch, config.precision))
     replayed = isolated_molecules(dataset.elements, "replayed") if config.replay else []
