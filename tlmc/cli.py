@@ -195,7 +195,7 @@ def finetune(
     ctx: typer.Context,
     dataset: Annotated[str, typer.Argument(help="Name (tlmc fetch --list) or any file that ASE reads.")],
     start_model: Annotated[str, typer.Option(help="ani2x, ani2xt, or a model.safetensors to go on from.")] = "ani2xt",
-    recipe: Annotated[str, typer.Option(help="thesis, short, quick, rich, scratch or frozen.")] = "short",
+    recipe: Annotated[str, typer.Option(help="thesis, short, quick, rich, thorough, scratch or frozen.")] = "short",
     seed: Annotated[int, typer.Option(min=0, help="Of the split and of the training.")] = 0,
     epochs: Annotated[int | None, typer.Option(help="Default: the recipe's.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Structures per step. Default: the recipe's.")] = None,
@@ -293,7 +293,7 @@ def finetune(
 def casestudy(
     crystals: Annotated[str, typer.Argument(help="A folder of trajectories, or names and files parted by commas.")],
     start_model: Annotated[Literal["ani2x", "ani2xt"], typer.Option(help="Start model.")] = "ani2xt",
-    recipe: Annotated[str, typer.Option(help="thesis, short, quick, rich, scratch or frozen.")] = "short",
+    recipe: Annotated[str, typer.Option(help="thesis, short, quick, rich, thorough, scratch or frozen.")] = "short",
     seeds: Annotated[int, typer.Option(min=1, help="Splits and trainings per crystal.")] = 1,
     epochs: Annotated[int | None, typer.Option(help="Default: the recipe's.")] = None,
     setting: Annotated[
