@@ -608,7 +608,8 @@ class TestErrorAgainstTime:
             plots.error_against_time(self.table().drop(columns="cpu_seconds"))
 
     def test_a_column_of_panels_per_data_set(self):
-        figure = plots.error_against_time_panels({"urea": self.table(), "ammonia": self.table()})
+        tables = [self.table().assign(dataset=name) for name in ("molcrys-mace/urea", "ammonia")]
+        figure = plots.error_against_time_panels(pd.concat(tables))
         assert [ax.get_title() for ax in figure.axes] == ["urea", "ammonia", "", ""]
         assert [ax.get_ylabel() for ax in figure.axes[::2]] == [
             "validation force RMSE, vector (eV/Å)",
@@ -616,8 +617,8 @@ class TestErrorAgainstTime:
         ]
         assert [ax.get_legend() is not None for ax in figure.axes] == [False, True, False, False]
         assert legend(figure.axes[1]) == ["plain", "ridge"]
-        with pytest.raises(DataError, match="at least one table, got none"):
-            plots.error_against_time_panels({})
+        with pytest.raises(DataError, match="needs columns dataset and setting, got 0 rows"):
+            plots.error_against_time_panels(tables[0].iloc[:0])
 
 
 class TestErrorAgainstForce:

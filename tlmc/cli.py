@@ -772,8 +772,7 @@ def _peer_costs(runs: Sequence[PeerExperiment], model: Potential, recipes: Seque
     table = pd.concat([*theirs, ours], ignore_index=True)
     target = reports_dir() / "tables" / "peer_cost.csv"
     write_text(target, table.to_csv(index=False))
-    panels = {str(name).split("/")[-1]: part for name, part in table.groupby("dataset", sort=False)}
-    figure = error_against_time_panels(panels)
+    figure = error_against_time_panels(table)
     out.print(f"error against time: {target}, {save_figure(figure, 'peer_cost')[0]}", soft_wrap=True)
 
 

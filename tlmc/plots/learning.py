@@ -214,28 +214,29 @@ def error_against_time(
 
 
 @styled
-def error_against_time_panels(tables: Mapping[str, pd.DataFrame]) -> Figure:
+def error_against_time_panels(table: pd.DataFrame) -> Figure:
     """Draw :func:`error_against_time` of several data sets: a column each, forces above, energies below.
 
     Parameters
     ----------
-    tables
-        By the name of the data set, each as :func:`tlmc.experiments.convergence` returns it, with the same settings.
+    table
+        As :func:`tlmc.experiments.convergence` returns it, every ``dataset`` with the same settings.
 
     Raises
     ------
     DataError
-        If there is no table, or as in :func:`error_against_time`.
+        As in :func:`error_against_time`.
     """
-    if not tables:
-        raise DataError("error against time needs at least one table, got none")
-    figure, axes = subplots(2, len(tables), width=0.8 * COLUMN * len(tables), aspect=0.9)
-    for column, (name, table) in zip(axes.T, tables.items(), strict=True):
+    require_columns(table, "error against time needs", ["dataset", "setting"])
+    names = list(dict.fromkeys(table["dataset"]))
+    figure, axes = subplots(2, len(names), width=0.8 * COLUMN * len(names), aspect=0.9)
+    for column, name in zip(axes.T, names, strict=True):
+        of_set = table[table["dataset"] == name]
         for ax, quantity in zip(column, ("force_rmse_vector", "energy_rmse_per_atom"), strict=True):
-            error_against_time(table, ax, quantity=cast(Any, quantity)).get_legend().remove()  # type: ignore[union-attr]
+            error_against_time(of_set, ax, quantity=cast(Any, quantity)).get_legend().remove()  # type: ignore[union-attr]
             if ax not in axes[:, 0]:
                 ax.set(ylabel="")
-        column[0].set(title=name, xlabel="")
+        column[0].set(title=name.rpartition("/")[2], xlabel="")
     # one legend, where it hides no curve
     axes[0, -1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
