@@ -248,6 +248,36 @@ class TestEvaluate:
         assert content["metrics"]["energy_rmse_per_atom"]["value"] < 1e-4
         assert len(pd.read_csv("result/per_frame.csv")) == 2
 
+    def test_the_mean_of_two_runs_is_a_model_with_errors_on_record(self, tlmc, data, start, monkeypatch):
+        monkeypatch.setenv("TLMC_REPORTS_DIR", str(data.parent / "reports"))
+        settings = ("--start-model", start, "--epochs", 1)
+        for run, rate in (("one", 1e-4), ("two", 1e-3)):
+            assert tlmc("-q", "finetune", data, *settings, "--lr", rate, "--run-dir", run)[0] == 0
+        code, text, _ = tlmc(
+            "-q", "average", "one/model.safetensors", "two/model.safetensors", "-o", "mean.safetensors"
+        )
+        assert code == 0
+        assert "mean of 2 models" in text
+        model, metadata = load_model("mean.safetensors")
+        assert model.members == 2 * load_model("one/model.safetensors")[0].members
+        assert list(metadata["mean_of"]) == ["one/model.safetensors", "two/model.safetensors"]
+        record = ("--split", "one/split.json", "--part", "validation", "--record", "trial", "--label", "mean")
+        assert tlmc("-q", "evaluate", "mean.safetensors", data, *record)[0] == 0
+        rows = read_records(data.parent / "reports" / "metrics", study="trial")
+        assert set(rows["recipe"]) == {"mean"}
+        assert set(rows["split"]) == {"validation"}
+        code, _, error = tlmc("-q", "evaluate", "mean.safetensors", data, "--record", "trial")
+        assert (code, "--record needs the --split of a run" in error) == (2, True)
+        code, _, error = tlmc("-q", "average", "one/model.safetensors", start, "-o", "mean.pt")
+        assert (code, "mean.pt must end in .safetensors" in error) == (2, True)
+
+    def test_a_split_of_a_run_on_other_frames_is_refused(self, tlmc, data, start):
+        assert tlmc("-q", "finetune", data, "--start-model", start, "--epochs", 1, "--run-dir", "run")[0] == 0
+        ase.io.write("fewer.extxyz", ase.io.read(data, ":-1"))
+        code, _, error = tlmc("-q", "evaluate", start, "fewer.extxyz", "--split", "run/split.json")
+        assert code == 2
+        assert f"belongs to a run on {N_FRAMES} frames of methanol, not on these {N_FRAMES - 1} of fewer" in error
+
     @pytest.mark.parametrize(
         ("split", "sentence"),
         [
@@ -440,7 +470,7 @@ class TestCommon:
             assert name in text
 
     @pytest.mark.parametrize(
-        "command", ["study", "finetune", "casestudy", "evaluate", "fetch", "info", "label", "peer"]
+        "command", ["study", "finetune", "casestudy", "evaluate", "average", "fetch", "info", "label", "peer"]
     )
     def test_every_command_shows_examples(self, tlmc, command):
         code, text, _ = tlmc(command, "--help")

@@ -372,10 +372,20 @@ def evaluate(
     ] = False,
     mapped: Mapped = None,
     borrow: Borrow = "relabel",
+    crystals_only: Annotated[
+        bool, typer.Option("--crystals-only", help="Leave isolated molecules out, as the run of --split did.")
+    ] = False,
     energy_key: EnergyKey = None,
     forces_key: ForcesKey = None,
     units: Units = "eV",
     output: Annotated[Path | None, typer.Option(help="Folder for metrics.json and per_frame.csv.")] = None,
+    study_name: Annotated[
+        str | None,
+        typer.Option("--record", metavar="STUDY", help="Add the errors on --part to metrics/summary.parquet."),
+    ] = None,
+    label: Annotated[
+        str, typer.Option(metavar="NAME", help="Name that --record files them under. Default: the model's.")
+    ] = "",
 ) -> None:
     """Compare a model's energies and forces with labels.
 
@@ -391,9 +401,14 @@ def evaluate(
     from tlmc.evaluation import per_frame
     from tlmc.evaluation.comparison import refit_offset
     from tlmc.evaluation.metrics import as_json
+    from tlmc.evaluation.records import append_records, rows_from_metrics
     from tlmc.potentials.calculator import predict
 
     data, potential = _load(dataset, energy_key, forces_key, units), _model(model, mapped, borrow)
+    if crystals_only:
+        data = data.crystals()
+    if study_name and split is None:
+        raise ConfigError("--record needs the --split of a run, which says what the model was trained on")
     chosen, fitted_on = data, data
     if split is not None:
         parts = _read_split(split, data)
@@ -407,12 +422,44 @@ def evaluate(
         write_json(output / "metrics.json", content | {"offset_refitted": refit, "metrics": as_json(metrics)})
         with atomic_path(output / "per_frame.csv") as temporary:
             per_frame(chosen, predictions).to_csv(temporary, index=False)
+    if study_name:
+        rows = rows_from_metrics(
+            metrics, study=study_name, dataset=data.name, start_model=potential.name, recipe=label or Path(model).stem,
+            seed=parts.seed, split=part, n_train=len(parts.train), run_id=_weights_id(model),
+        )  # fmt: skip
+        append_records(rows)
     table = Table(title=f"{model} on {len(chosen)} frames of {data.name}")
     for heading in ("quantity", "value", "unit"):
         table.add_column(heading, justify="right" if heading == "value" else "left")
     for name, metric in metrics.items():
         table.add_row(name, f"{metric.value:.5g}", metric.unit)
     out.print(table)
+
+
+@app.command()
+def average(
+    models: Annotated[list[str], typer.Argument(help="Two or more model.safetensors of one start model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Model file to write.")],
+) -> None:
+    """Write the mean of several fine-tuned models as one model, to be used like any other.
+
+    Models with other columns err in part independently, and their mean errs less than either; it costs as much as both.
+
+    [bold]Examples[/bold]
+
+    tlmc average reports/runs/one/model.safetensors reports/runs/other/model.safetensors -o mean.safetensors
+
+    tlmc evaluate mean.safetensors my.extxyz --split reports/runs/one/split.json
+    """
+    from tlmc.files import sha256_file
+    from tlmc.potentials.average import average as mean_of
+    from tlmc.training.checkpoint import load_model, save_model
+
+    if output.suffix != ".safetensors":
+        raise ConfigError(f"{output} must end in .safetensors, so that it is known as a model file")
+    mean = mean_of([load_model(model)[0] for model in models])
+    save_model(mean, output, {"mean_of": {model: sha256_file(Path(model)) for model in models}})
+    out.print(f"mean of {len(models)} models, {mean.members} members: {output}", soft_wrap=True)
 
 
 @app.command()
@@ -718,6 +765,16 @@ def _model(name: str, mapped: list[str] | None, borrow: Literal["relabel", "exte
     return with_elements(model, _pairs(mapped, "--map"), borrow)
 
 
+def _weights_id(model: str) -> str:
+    """Return the name of the run that made a model, as the record has it; of others, what tells them apart."""
+    from tlmc.files import sha256_file
+    from tlmc.training.checkpoint import load_model
+
+    if Path(model).suffix != ".safetensors":
+        return model
+    return str(load_model(model)[1].get("run_id", sha256_file(Path(model))[:12]))
+
+
 def _read_split(path: Path, data: Dataset) -> Any:
     from tlmc.splits import Split
 
@@ -725,6 +782,14 @@ def _read_split(path: Path, data: Dataset) -> Any:
         split = Split.from_json(json.loads(path.read_text(encoding="utf-8")))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not a split: {error}") from error
+    run = path.with_name("run.json")
+    if run.exists():
+        there = json.loads(run.read_text(encoding="utf-8"))["data"]
+        if there["hash"] != data.hash:
+            raise ConfigError(
+                f"{path} belongs to a run on {there['frames']} frames of {there['name']}, not on these {len(data)} of "
+                f"{data.name}: is --crystals-only the difference?"
+            )
     largest = max(int(indices.max(initial=0)) for indices in (split.train, split.validation, split.test))
     if largest >= len(data):
         raise ConfigError(f"{path} names frame {largest}, but {data.name} holds {len(data)}")

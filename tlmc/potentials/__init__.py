@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tlmc.potentials.average import average
 from tlmc.potentials.calculator import Predictions, TlmcCalculator, energy_spread, member_energies, predict
 from tlmc.potentials.export import export_state_dict, to_torchani
 from tlmc.potentials.model import Layer, Potential
@@ -25,6 +26,7 @@ __all__ = [
     "Potential",
     "Predictions",
     "TlmcCalculator",
+    "average",
     "energy_spread",
     "enrich",
     "export_state_dict",

@@ -1,0 +1,112 @@
+"""The mean of several fine-tunings of one start model, as one model.
+
+Models that were fine-tuned with other columns err in part independently, and their mean errs less than either. A
+:class:`tlmc.potentials.model.Potential` is the mean of its members already, so the mean of models is the ensemble of
+all their members: it is saved and used like any other, and costs as much as its parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from tlmc.descriptors.enrichment import Enrichment
+from tlmc.errors import ModelError
+from tlmc.potentials.model import Layer, Potential
+from tlmc.reference import ReferenceEnergies
+
+_SAME = ("symbols", "aev", "self_energies", "fingerprint", "element_map", "scale", "members", "dtype")
+"""What models must have in common."""
+
+
+def average(models: Sequence[Potential]) -> Potential:
+    r"""Return the mean of several models: energies, forces and reference energies.
+
+    Richer columns must come from one descriptor; they stand side by side, each model's members with zero weights for
+    those of the others. Where models were centred on other training frames, :math:`x_k = (d - s_k) W_k` becomes
+    :math:`(d - s_1) W_k`, and the constant :math:`(s_1 - s_k) W_k` goes into the bias of the first layer.
+
+    Parameters
+    ----------
+    models
+        Two or more, of one start model, with as many members each.
+
+    Raises
+    ------
+    ModelError
+        If there are fewer than two, or they differ in start model, elements, members or precision, or their columns
+        come from different descriptors.
+    """
+    if len(models) < 2:
+        raise ModelError(f"a mean needs two models or more, got {len(models)}")
+    first = models[0]
+    for model in models[1:]:
+        for name in _SAME:
+            ours, theirs = getattr(first, name), getattr(model, name)
+            if ours != theirs:
+                raise ModelError(f"models with different {name.replace('_', ' ')} have no mean: {ours} and {theirs}")
+    enrichment = _side_by_side([model.enrichment for model in models])
+    networks = {}
+    for symbol in first.symbols:
+        lowest = [
+            _first_layer(model, model.networks[symbol][0], enrichment, before)
+            for model, before in zip(models, _columns_before(models), strict=True)
+        ]
+        rest = [model.networks[symbol][1:] for model in models]
+        networks[symbol] = (_stack(lowest), *(_stack(layers) for layers in zip(*rest, strict=True)))
+    return dataclasses.replace(first, networks=networks, enrichment=enrichment, reference=_mean_reference(models))
+
+
+def _stack(layers: Sequence[Layer]) -> Layer:
+    """Return the members of several ensembles as one."""
+    return Layer(torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
+
+
+def _columns_before(models: Sequence[Potential]) -> list[int]:
+    """Return, for each model, the number of richer columns of those before it."""
+    counts = [0 if model.enrichment is None else model.enrichment.n_columns for model in models]
+    return [sum(counts[:k]) for k in range(len(counts))]
+
+
+def _side_by_side(enrichments: Sequence[Enrichment | None]) -> Enrichment | None:
+    """Return the columns of all models, centred as the first that has any."""
+    present = [enrichment for enrichment in enrichments if enrichment is not None]
+    if not present:
+        return None
+    for enrichment in present[1:]:
+        if enrichment.to_json() != present[0].to_json():
+            raise ModelError(
+                f"models whose columns come from different descriptors have no mean: {present[0].to_json()} and "
+                f"{enrichment.to_json()}"
+            )
+    return dataclasses.replace(present[0], projection=torch.cat([e.projection for e in present], dim=1))
+
+
+def _first_layer(model: Potential, layer: Layer, joint: Enrichment | None, before: int) -> Layer:
+    """Return a first layer that takes the columns of all models."""
+    own, weight, bias = model.enrichment, layer.weight, layer.bias
+    if joint is None:
+        return layer
+    n_own = 0 if own is None else own.n_columns
+    n_aev = weight.shape[1] - n_own
+    full = weight.new_zeros(weight.shape[0], n_aev + joint.n_columns, weight.shape[2])
+    full[:, :n_aev] = weight[:, :n_aev]
+    if own is not None:
+        full[:, n_aev + before : n_aev + before + n_own] = weight[:, n_aev:]
+        moved = ((joint.shift - own.shift) @ own.projection).to(weight)
+        bias = bias + torch.matmul(moved, weight[:, n_aev:])[:, None]
+    return Layer(full, bias)
+
+
+def _mean_reference(models: Sequence[Potential]) -> ReferenceEnergies | None:
+    """Return the mean of the fitted reference energies."""
+    fitted = [model.reference for model in models if model.reference is not None]
+    if not fitted:
+        return None
+    elements = {tuple(sorted(reference.offsets)) for reference in fitted}
+    if len(fitted) < len(models) or len(elements) > 1:
+        raise ModelError("models have a mean if all, or none, have reference energies, fitted for the same elements")
+    mean = {e: sum(reference.offsets[e] for reference in fitted) / len(fitted) for e in fitted[0].offsets}
+    return ReferenceEnergies(mean, fitted[0].mode)
