@@ -783,13 +783,15 @@ def _read_split(path: Path, data: Dataset) -> Any:
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not a split: {error}") from error
     run = path.with_name("run.json")
-    if run.exists():
-        there = json.loads(run.read_text(encoding="utf-8"))["data"]
-        if there["hash"] != data.hash:
-            raise ConfigError(
-                f"{path} belongs to a run on {there['frames']} frames of {there['name']}, not on these {len(data)} of "
-                f"{data.name}: is --crystals-only the difference?"
-            )
+    try:
+        trained_on = json.loads(run.read_text(encoding="utf-8"))["data"] if run.exists() else None
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ConfigError(f"{run}, beside the split, does not describe a run: {error}") from error
+    if trained_on is not None and trained_on["hash"] != data.hash:
+        raise ConfigError(
+            f"{path} belongs to a run on {trained_on['frames']} frames of {trained_on['name']}, not on these "
+            f"{len(data)} of {data.name}: is --crystals-only the difference?"
+        )
     largest = max(int(indices.max(initial=0)) for indices in (split.train, split.validation, split.test))
     if largest >= len(data):
         raise ConfigError(f"{path} names frame {largest}, but {data.name} holds {len(data)}")
