@@ -37,6 +37,8 @@ def public_crystals(recipes: list[str]) -> str:
     """Test errors on the public crystals, force vector and energy, means over three seeds and their geometric means."""
     records = read_records(ROOT / "reports" / "metrics", study="public-dft", split="test")
     records = records[records["recipe"].isin(recipes)]
+    # the start model's offset was fitted on a quarter of the training frames, too
+    records = records[records["n_train"] == records.groupby(["dataset", "recipe"])["n_train"].transform("max")]
     parts = []
     for quantity, factor, digits in (("force_rmse_vector", 1.0, 4), ("energy_rmse_per_atom", 1000.0, 2)):
         errors = records[records["quantity"] == quantity].groupby(["dataset", "recipe"])["value"]
