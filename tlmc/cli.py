@@ -443,7 +443,8 @@ def average(
 ) -> None:
     """Write the mean of several fine-tuned models as one model, to be used like any other.
 
-    Models with other columns err in part independently, and their mean errs less than either; it costs as much as both.
+    Models with other columns err in part independently, so that their mean is often better than either; it costs as
+    much as both.
 
     [bold]Examples[/bold]
 

@@ -1,8 +1,8 @@
 """The mean of several fine-tunings of one start model, as one model.
 
-Models that were fine-tuned with other columns err in part independently, and their mean errs less than either. A
-:class:`tlmc.potentials.model.Potential` is the mean of its members already, so the mean of models is the ensemble of
-all their members: it is saved and used like any other, and costs as much as its parts.
+Models that were fine-tuned with other columns err in part independently, so that their mean is often better than
+either. A :class:`tlmc.potentials.model.Potential` is the mean of its members already, so the mean of models is the
+ensemble of all their members: it is saved and used like any other, and costs as much as its parts.
 """
 
 from __future__ import annotations
