@@ -20,8 +20,13 @@ def markdown(study: str, dataset: str) -> str:
     """The table of a study as the README should show it."""
     records = read_records(ROOT / "reports" / "metrics", study=study, dataset=dataset)
     table = format_comparison(comparison_table(records))
-    rows = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
-    return "\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows) + "\n"
+    return as_markdown(list(table.columns), table.to_numpy().tolist())
+
+
+def as_markdown(heading: list[str], rows: list[list[str]]) -> str:
+    """A table as it stands between two comments."""
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
 
 
 @pytest.mark.parametrize(("study", "dataset", "shown"), TABLE.findall(README))
@@ -48,9 +53,8 @@ def public_crystals(recipes: list[str]) -> str:
         means.loc["geometric mean"] = np.exp(np.log(means).mean())
         parts.append(means.map(f"{{:.{digits}f}}".format))
     both = parts[0] + ", " + parts[1]
-    rows = [["crystal", *recipes], ["---"] * (1 + len(recipes))]
-    rows += [[str(name).rpartition("/")[2], *row] for name, row in zip(both.index, both.to_numpy(), strict=True)]
-    return "\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows) + "\n"
+    rows = [[str(name).rpartition("/")[2], *row] for name, row in zip(both.index, both.to_numpy(), strict=True)]
+    return as_markdown(["crystal", *recipes], rows)
 
 
 @pytest.mark.parametrize(("recipes", "shown"), PUBLIC.findall(REPORTS_README))

@@ -118,6 +118,8 @@ Borrow = Annotated[
 ]
 EnergyKey = Annotated[str | None, typer.Option(help="Name of the energies in the file, e.g. REF_energy.")]
 ForcesKey = Annotated[str | None, typer.Option(help="Name of the forces in the file, e.g. REF_forces.")]
+CrystalsOnly = Annotated[bool, typer.Option("--crystals-only", help="Leave isolated molecules out.")]
+Recipe = Annotated[str, typer.Option(help="thesis, short, quick, rich, thorough, scratch or frozen.")]
 Units = Annotated[str, typer.Option(help=_UNITS_HELP)]
 
 
@@ -195,7 +197,7 @@ def finetune(
     ctx: typer.Context,
     dataset: Annotated[str, typer.Argument(help="Name (tlmc fetch --list) or any file that ASE reads.")],
     start_model: Annotated[str, typer.Option(help="ani2x, ani2xt, or a model.safetensors to go on from.")] = "ani2xt",
-    recipe: Annotated[str, typer.Option(help="thesis, short, quick, rich, thorough, scratch or frozen.")] = "short",
+    recipe: Recipe = "short",
     seed: Annotated[int, typer.Option(min=0, help="Of the split and of the training.")] = 0,
     epochs: Annotated[int | None, typer.Option(help="Default: the recipe's.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Structures per step. Default: the recipe's.")] = None,
@@ -209,7 +211,7 @@ def finetune(
     split: Annotated[
         Literal["random", "blocks", "energy_groups"], typer.Option(help="How frames are parted, 70/10/20.")
     ] = "random",
-    crystals_only: Annotated[bool, typer.Option("--crystals-only", help="Leave isolated molecules out.")] = False,
+    crystals_only: CrystalsOnly = False,
     energy_key: EnergyKey = None,
     forces_key: ForcesKey = None,
     units: Units = "eV",
@@ -293,7 +295,7 @@ def finetune(
 def casestudy(
     crystals: Annotated[str, typer.Argument(help="A folder of trajectories, or names and files parted by commas.")],
     start_model: Annotated[Literal["ani2x", "ani2xt"], typer.Option(help="Start model.")] = "ani2xt",
-    recipe: Annotated[str, typer.Option(help="thesis, short, quick, rich, thorough, scratch or frozen.")] = "short",
+    recipe: Recipe = "short",
     seeds: Annotated[int, typer.Option(min=1, help="Splits and trainings per crystal.")] = 1,
     epochs: Annotated[int | None, typer.Option(help="Default: the recipe's.")] = None,
     setting: Annotated[
@@ -372,9 +374,7 @@ def evaluate(
     ] = False,
     mapped: Mapped = None,
     borrow: Borrow = "relabel",
-    crystals_only: Annotated[
-        bool, typer.Option("--crystals-only", help="Leave isolated molecules out, as the run of --split did.")
-    ] = False,
+    crystals_only: CrystalsOnly = False,
     energy_key: EnergyKey = None,
     forces_key: ForcesKey = None,
     units: Units = "eV",
@@ -404,11 +404,11 @@ def evaluate(
     from tlmc.evaluation.records import append_records, rows_from_metrics
     from tlmc.potentials.calculator import predict
 
+    if study_name and split is None:
+        raise ConfigError("--record needs the --split of a run, which says what the model was trained on")
     data, potential = _load(dataset, energy_key, forces_key, units), _model(model, mapped, borrow)
     if crystals_only:
         data = data.crystals()
-    if study_name and split is None:
-        raise ConfigError("--record needs the --split of a run, which says what the model was trained on")
     chosen, fitted_on = data, data
     if split is not None:
         parts = _read_split(split, data)
@@ -615,7 +615,7 @@ def peer(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Structures per step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate at the start.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the split and of the training.")] = 0,
-    crystals_only: Annotated[bool, typer.Option("--crystals-only", help="Leave isolated molecules out.")] = False,
+    crystals_only: CrystalsOnly = False,
     against: Annotated[
         str, typer.Option(metavar="RECIPES", help="Also fine-tune our model, and draw error against processor time.")
     ] = "",
@@ -773,7 +773,7 @@ def _weights_id(model: str) -> str:
 
     if Path(model).suffix != ".safetensors":
         return model
-    return str(load_model(model)[1].get("run_id", sha256_file(Path(model))[:12]))
+    return str(load_model(model)[1].get("run_id") or sha256_file(Path(model))[:12])
 
 
 def _read_split(path: Path, data: Dataset) -> Any:

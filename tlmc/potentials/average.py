@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
@@ -47,27 +48,20 @@ def average(models: Sequence[Potential]) -> Potential:
             ours, theirs = getattr(first, name), getattr(model, name)
             if ours != theirs:
                 raise ModelError(f"models with different {name.replace('_', ' ')} have no mean: {ours} and {theirs}")
-    enrichment = _side_by_side([model.enrichment for model in models])
-    networks = {}
-    for symbol in first.symbols:
-        lowest = [
-            _first_layer(model, model.networks[symbol][0], enrichment, before)
-            for model, before in zip(models, _columns_before(models), strict=True)
-        ]
-        rest = [model.networks[symbol][1:] for model in models]
-        networks[symbol] = (_stack(lowest), *(_stack(layers) for layers in zip(*rest, strict=True)))
-    return dataclasses.replace(first, networks=networks, enrichment=enrichment, reference=_mean_reference(models))
+    joint = _side_by_side([model.enrichment for model in models])
+    widths = [0 if model.enrichment is None else model.enrichment.n_columns for model in models]
+    befores = accumulate(widths[:-1], initial=0)
+    alike = [_with_columns(model, joint, before) for model, before in zip(models, befores, strict=True)]
+    networks = {
+        symbol: tuple(_stack(layers) for layers in zip(*(model.networks[symbol] for model in alike), strict=True))
+        for symbol in first.symbols
+    }
+    return dataclasses.replace(first, networks=networks, enrichment=joint, reference=_mean_reference(models))
 
 
 def _stack(layers: Sequence[Layer]) -> Layer:
     """Return the members of several ensembles as one."""
     return Layer(torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
-
-
-def _columns_before(models: Sequence[Potential]) -> list[int]:
-    """Return, for each model, the number of richer columns of those before it."""
-    counts = [0 if model.enrichment is None else model.enrichment.n_columns for model in models]
-    return [sum(counts[:k]) for k in range(len(counts))]
 
 
 def _side_by_side(enrichments: Sequence[Enrichment | None]) -> Enrichment | None:
@@ -84,20 +78,21 @@ def _side_by_side(enrichments: Sequence[Enrichment | None]) -> Enrichment | None
     return dataclasses.replace(present[0], projection=torch.cat([e.projection for e in present], dim=1))
 
 
-def _first_layer(model: Potential, layer: Layer, joint: Enrichment | None, before: int) -> Layer:
-    """Return a first layer that takes the columns of all models."""
-    own, weight, bias = model.enrichment, layer.weight, layer.bias
+def _with_columns(model: Potential, joint: Enrichment | None, before: int) -> Potential:
+    """Return a model that takes the columns of all models; `before` of them come before its own."""
     if joint is None:
-        return layer
-    n_own = 0 if own is None else own.n_columns
-    n_aev = weight.shape[1] - n_own
-    full = weight.new_zeros(weight.shape[0], n_aev + joint.n_columns, weight.shape[2])
-    full[:, :n_aev] = weight[:, :n_aev]
-    if own is not None:
-        full[:, n_aev + before : n_aev + before + n_own] = weight[:, n_aev:]
-        moved = ((joint.shift - own.shift) @ own.projection).to(weight)
-        bias = bias + torch.matmul(moved, weight[:, n_aev:])[:, None]
-    return Layer(full, bias)
+        return model
+    own, n_aev = model.enrichment, model.aev.length(len(model.symbols))
+    networks = {}
+    for symbol, ((weight, bias), *rest) in model.networks.items():
+        full = weight.new_zeros(weight.shape[0], n_aev + joint.n_columns, weight.shape[2])
+        full[:, :n_aev] = weight[:, :n_aev]
+        if own is not None:
+            full[:, n_aev + before : n_aev + before + own.n_columns] = weight[:, n_aev:]
+            moved = ((joint.shift - own.shift) @ own.projection).to(weight)
+            bias = bias + torch.matmul(moved, weight[:, n_aev:])[:, None]
+        networks[symbol] = (Layer(full, bias), *rest)
+    return dataclasses.replace(model, networks=networks, enrichment=joint)
 
 
 def _mean_reference(models: Sequence[Potential]) -> ReferenceEnergies | None:
