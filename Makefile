@@ -10,7 +10,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install study test test-python test-notebooks test-cluster lint bench notebooks strip clean
+.PHONY: help install study test test-python test-processors test-notebooks test-cluster lint bench notebooks strip clean
 
 PROFILE ?= laptop
 JOBS ?= 2
@@ -23,6 +23,11 @@ STAMP := .venv/.installed
 PIP_VERSION := 26.3
 # one thread per test process: two processes with two threads each are slower than either alone
 TEST_ENV := OMP_NUM_THREADS=1
+# the tests whose numbers depend on how a processor adds up
+NUMERICAL := $(addprefix tests/test_,$(addsuffix .py,aev ani atomistic average behler_parrinello bispectrum borrowing \
+	cache calculator checkpoint committee coulomb deep_tensor descriptor_kernels descriptors devices energy_curve engine \
+	enrichment ewald export finetune fitting gap gdml gpr kernel_functions loss low_rank mlp network normal_modes \
+	optimizers pretrained soap symmetry_functions transfer warm_start))
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +41,12 @@ test: lint test-python test-notebooks ## lint, the test suite, and every noteboo
 
 test-python: $(STAMP) ## the test suite alone
 	$(TEST_ENV) $(PY) -m pytest -n $(JOBS) --dist loadscope tests
+
+test-processors: $(STAMP) ## the numerical tests as on processors without AVX-512, and without AVX2
+	for capability in avx2 default; do \
+		echo "ATEN_CPU_CAPABILITY=$$capability"; \
+		$(TEST_ENV) ATEN_CPU_CAPABILITY=$$capability $(PY) -m pytest -q -n $(JOBS) --dist loadscope $(NUMERICAL) || exit 1; \
+	done
 
 test-notebooks: $(STAMP) ## the notebooks alone (smoke profile)
 	$(TEST_ENV) $(PY) -m pytest -n $(JOBS) --dist loadscope --nbval-lax --nbval-current-env \
