@@ -37,8 +37,8 @@ from tlmc.training.devices import find_device
 PATIENCE = timedelta(hours=12)
 """How long a process waits for another; long, since the first one may compute descriptors or validate alone."""
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
-_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals to a launcher that it hands on to its processes."""
+_HANDLED = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Signals to a launcher that it hands on to its processes; Windows has no SIGHUP."""
 T = TypeVar("T")
 
 
