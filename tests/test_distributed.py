@@ -133,11 +133,18 @@ def test_missing_backends_and_variables_are_named(monkeypatch):
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="RANK must be an integer, .* but is not set"), processes():
+    with pytest.raises(ConfigError, match="RANK must be an integer of at least 0, .* but is not set"), processes():
         pass
     monkeypatch.setenv("RANK", "one")
-    with pytest.raises(ConfigError, match="RANK must be an integer, .* but is 'one'"), processes():
+    with pytest.raises(ConfigError, match="RANK must be an integer of at least 0, .* but is 'one'"), processes():
         pass
+    monkeypatch.setenv("RANK", "-1")
+    with pytest.raises(ConfigError, match="RANK must be an integer of at least 0, .* but is '-1'"), processes():
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "0")
+    with pytest.raises(ConfigError, match="WORLD_SIZE must be an integer of at least 1, .* but is '0'"), processes():
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(ConfigError, match="device must be cpu or cuda, got 'cuda:0'"), processes("cuda:0"):

@@ -137,11 +137,11 @@ def processes(device: str = "cpu") -> Iterator[Group]:
     ConfigError
         If a variable is missing, a process has no GPU, or torch was built without the backend.
     """
-    size = _variable("WORLD_SIZE", 1)
+    size = _variable("WORLD_SIZE", 1, 1)
     if size == 1:
         yield Group(device=find_device(device))
         return
-    rank, local_rank = _variable("RANK"), _variable("LOCAL_RANK")
+    rank, local_rank = _variable("RANK", 0), _variable("LOCAL_RANK", 0)
     if device == "cuda":
         device = f"cuda:{local_rank}"
     elif device != "cpu":
@@ -173,7 +173,7 @@ def check_backend(device_type: str) -> None:
 
 def launched_processes() -> int:
     """Return how many processes a launcher started together with this one; 1 without a launcher."""
-    return _variable("WORLD_SIZE", 1)
+    return _variable("WORLD_SIZE", 1, 1)
 
 
 def launch(n_processes: int, arguments: Sequence[str]) -> int:
@@ -256,12 +256,15 @@ def _surroundings(threads: int) -> Iterator[None]:
                     signal.signal(number, handler)
 
 
-def _variable(name: str, default: int | None = None) -> int:
-    text = os.environ.get(name, default)
+def _variable(name: str, least: int, default: int | None = None) -> int:
+    text = os.environ.get(name) or default
     try:
-        return int(text)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
+        value = int(text)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        value = least - 1
+    if value < least:
         raise ConfigError(
-            f"{name} must be an integer, as torchrun sets it in every process, but is "
+            f"{name} must be an integer of at least {least}, as torchrun sets it in every process, but is "
             f"{'not set' if text is None else repr(text)}"
-        ) from error
+        )
+    return value
