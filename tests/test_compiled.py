@@ -295,18 +295,27 @@ def test_files_of_another_user_are_not_loaded(source, caplog, monkeypatch):
     assert "and what it holds would run in your name" in caplog.text
 
 
-def test_without_any_folder_to_write_to_it_is_compiled_for_the_process(source, monkeypatch, caplog):
-    (source.parent / "cache").write_text("a file")
+def test_without_a_cache_it_is_compiled_for_the_machine_or_the_process(source, monkeypatch, caplog):
+    """As where the home folder is read-only, or belongs to a group."""
+    (source.parent / "cache").mkdir()
+    (source.parent / "cache" / "kernels").write_text("a file")
     (source.parent / "home").write_text("a file")
-    monkeypatch.setenv("TMPDIR", str(source.parent))
-    monkeypatch.setattr(compiled.tempfile, "tempdir", None)
+    temporary = source.parent / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(compiled.tempfile, "tempdir", str(temporary))
+    folder = temporary / f"tlmc-kernels-{os.geteuid()}"
+    for _ in range(2):
+        assert Path(built(source)._name).parent == folder
+    assert caplog.text.count("compiled kernels are not taken from") == 2
+    # somebody else was there first
+    folder.chmod(0o777)
     compiled._folder_of_this_process.cache_clear()
     try:
         library = built(source)
+        assert Path(library._name).parent.parent == temporary
+        assert Path(library._name).parent != folder
     finally:
         compiled._folder_of_this_process.cache_clear()
-    assert Path(library._name).parent.name.startswith("tlmc-kernels-")
-    assert caplog.text.count("compiled kernels are not taken from") == 2
 
 
 def test_a_damaged_library_is_compiled_anew(source, caplog, compiler, monkeypatch):

@@ -113,6 +113,23 @@ def test_variables_name_folders(installed, monkeypatch):
         paths.cache_dir()
 
 
+def test_variables_that_name_no_folder_get_a_sentence(installed, monkeypatch):
+    file = installed / "file"
+    file.write_text("")
+    for name, function in {
+        "TLMC_ROOT": paths.project_root,
+        "TLMC_REPORTS_DIR": paths.reports_dir,
+        "TLMC_CACHE_DIR": paths.cache_dir,
+        "TLMC_DATA_DIR": paths.mirror_dir,
+    }.items():
+        monkeypatch.setenv(name, str(file))
+        with pytest.raises(ConfigError, match=f"{name} is '{file}', which is not a folder"):
+            function()
+    monkeypatch.setenv("TLMC_DATA_DIR", str(installed / "nowhere"))
+    with pytest.raises(ConfigError, match=r"TLMC_DATA_DIR is '.*nowhere', which does not exist"):
+        paths.mirror_dir()
+
+
 @pytest.mark.parametrize("threads", ["0", "-1", "two", "1.5", "²", "", " "])
 def test_a_number_of_threads_that_is_none_gets_a_sentence(threads):
     environment = os.environ | {"TLMC_THREADS": threads}

@@ -256,10 +256,12 @@ def _processor() -> str:
 
 
 def _folders() -> Iterator[Path]:
-    """Yield where libraries may be kept: the cache, the user's own, one that ends with this process."""
+    """Yield where libraries may be kept: the cache, the user's own, one for temporary files, one of this process."""
     named, own = paths.cache_dir(), paths.user_cache_dir()
     for cache in dict.fromkeys((named, own)):
         yield (cache / "kernels").resolve()
+    if os.name == "posix":
+        yield Path(tempfile.gettempdir(), f"tlmc-kernels-{os.geteuid()}").resolve()
     yield _folder_of_this_process()
 
 

@@ -70,8 +70,17 @@ def user_cache_dir() -> Path:
 
 
 def mirror_dir() -> Path | None:
-    """Return the local mirror of public data sets, ``TLMC_DATA_DIR``, if one is named."""
-    return _named("TLMC_DATA_DIR")
+    """Return the local mirror of public data sets, ``TLMC_DATA_DIR``, if one is named.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such folder: everything would be downloaded instead.
+    """
+    named = _named("TLMC_DATA_DIR")
+    if named is not None and not named.is_dir():
+        raise ConfigError(f"TLMC_DATA_DIR is {str(named)!r}, which does not exist")
+    return named
 
 
 def _own_checkout() -> Path | None:
@@ -86,6 +95,9 @@ def _named(variable: str) -> Path | None:
     if not value:
         return None
     try:
-        return Path(value).expanduser().resolve()
+        path = Path(value).expanduser().resolve()
     except RuntimeError as error:
         raise ConfigError(f"{variable} is {value!r}, but there is no such home folder") from error
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{variable} is {value!r}, which is not a folder")
+    return path
