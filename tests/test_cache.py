@@ -219,7 +219,8 @@ def test_only_caches_are_removed(tmp_path, monkeypatch):
             "3" * 32: {"G.bin": "0"},
             "4" * 32: {"meta.json": "[]"},
             "5" * 32: {"meta.json": "{"},
-            ".partial-x": {"notes.txt": "mine"},
+            ".partial-01234567": {"notes.txt": "mine"},
+            ".partial-work": {"meta.json": "mine"},
         }.items()
     ):
         folder = tmp_path / name
@@ -255,7 +256,7 @@ def test_a_foreign_file_in_the_place_of_a_cache_is_named(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed_after_a_week(tmp_path):
-    old, new = tmp_path / ".partial-old", tmp_path / ".partial-new"
+    old, new = tmp_path / ".partial-0123456789abcdef", tmp_path / ".partial-fedcba9876543210"
     for folder in (old, new):
         folder.mkdir()
         (folder / "G.bin").write_bytes(b"0")

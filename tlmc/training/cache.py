@@ -317,7 +317,7 @@ def _evict(folder: Path, keep: Path, limit: float) -> None:
     for path in folder.iterdir():
         # other processes make room, too
         with contextlib.suppress(OSError):
-            if path.name.startswith(_UNFINISHED):
+            if re.fullmatch(r"\.(partial|removed)-[a-z0-9_]{8,16}", path.name) and not path.is_symlink():
                 if max(part.stat().st_mtime for part in (path, *path.iterdir())) < time.time() - _WEEK:
                     _clear(path)
             elif _is_cache(path):
