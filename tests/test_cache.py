@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from test_aev import small_cell
 
 from tlmc.datasets import load_dataset
 from tlmc.descriptors.aev import aev, aev_jacobian, neighbours
-from tlmc.errors import DataError, ModelError
+from tlmc.errors import ConfigError, DataError, ModelError
 from tlmc.training import cache as module
 from tlmc.training.cache import build_cache
 
@@ -123,6 +125,168 @@ def test_oldest_caches_make_room(tmp_path, monkeypatch):
     third = build(2)
     assert {path.name for path in tmp_path.iterdir()} == {first.name, third.name}
     assert not second.exists()
+
+
+def one(tmp_path, seed=0):
+    frame = small_cell()
+    frame.positions += 0.01 * seed
+    return build_cache(toy_potential(), [frame], torch.float32, tmp_path)
+
+
+@pytest.mark.parametrize("moment", ["open", "utime", "rename"])
+def test_a_cache_that_another_process_removes_is_computed_again(tmp_path, monkeypatch, moment):
+    """Between any two looks at it."""
+    first = one(tmp_path)
+    expected = first[0].values.clone()
+    removed = []
+
+    def after(function, path_of=lambda *arguments: arguments[0]):
+        def call(*arguments, **keywords):
+            result = function(*arguments, **keywords)
+            if Path(path_of(*arguments)) == first.folder and not removed:
+                removed.append(shutil.rmtree(first.folder))
+            return result
+
+        return call
+
+    if moment == "open":
+        monkeypatch.setattr(module, "_is_complete", after(module._is_complete))
+    elif moment == "utime":
+        real = module.DescriptorCache
+        monkeypatch.setattr(module, "DescriptorCache", after(real))
+    else:
+        shutil.rmtree(first.folder)
+        monkeypatch.setattr(Path, "rename", after(Path.rename, lambda _, target: target))
+    again = one(tmp_path)
+    assert removed
+    assert torch.equal(again[0].values, expected)
+
+
+@pytest.mark.parametrize("moment", ["while listing", "before removing"])
+def test_two_processes_may_make_room_at_once(tmp_path, monkeypatch, moment):
+    first, second = one(tmp_path, 0).folder, one(tmp_path, 1).folder
+    monkeypatch.setenv("TLMC_CACHE_GB", "0")
+    if moment == "while listing":
+        is_cache = module._is_cache
+        monkeypatch.setattr(module, "_is_cache", lambda path: is_cache(path) and (shutil.rmtree(first, True) or True))
+    else:
+        remove = module._remove
+        monkeypatch.setattr(module, "_remove", lambda path: shutil.rmtree(path) or remove(path))
+    third = one(tmp_path, 2).folder
+    assert set(tmp_path.iterdir()) == {third}
+    assert not second.exists()
+
+
+def test_many_threads_share_a_folder_that_holds_one_cache(tmp_path, monkeypatch):
+    """Everybody removes what the others have just built, and reads what was removed."""
+    expected = [one(tmp_path, seed)[0].values.clone() for seed in range(3)]
+    monkeypatch.setenv("TLMC_CACHE_GB", "0")
+    start = threading.Barrier(6)
+
+    def work(number):
+        start.wait()
+        return all(torch.equal(one(tmp_path, k % 3)[0].values, expected[k % 3]) for k in range(number, number + 30))
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(work, range(6)))
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("room", [float("inf"), 0.0])
+def test_a_removed_cache_can_be_read_on(tmp_path, monkeypatch, room):
+    """Mapped as a whole, or structure by structure."""
+    monkeypatch.setattr(module, "_free_address_space", lambda: room)
+    cache = build_cache(toy_potential(), frames(), torch.float32, tmp_path)
+    expected = [part.values.clone() for part in build_cache(toy_potential(), frames(), torch.float32, tmp_path)]
+    monkeypatch.setenv("TLMC_CACHE_GB", "0")
+    one(tmp_path)
+    assert not cache.folder.exists()
+    for structure, values in zip(cache, expected, strict=True):
+        assert torch.equal(structure.values, values)
+
+
+def test_only_caches_are_removed(tmp_path, monkeypatch):
+    """TLMC_CACHE_DIR may be a folder that holds other things."""
+    cache = one(tmp_path)
+    meta = (cache.folder / "meta.json").read_text()
+    kept = []
+    for number, (name, files) in enumerate(
+        {
+            "my runs": {"meta.json": meta, "G.bin": "0"},
+            "0" * 32: {"meta.json": meta, "G.bin": "0", "notes.txt": "mine"},
+            "1" * 32: {"meta.json": '{"mine": 1}', "G.bin": "0"},
+            "2" * 32: {"meta.json": meta, "mine": None},
+            "3" * 32: {"G.bin": "0"},
+            "4" * 32: {"meta.json": "[]"},
+            "5" * 32: {"meta.json": "{"},
+            ".partial-01234567": {"notes.txt": "mine"},
+            ".partial-work": {"meta.json": "mine"},
+        }.items()
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file, text in files.items():
+            path = folder / file
+            if text is None:
+                path.mkdir()
+            else:
+                path.write_text(text)
+            os.utime(path, (number, number))
+            kept.append(path)
+        os.utime(folder, (number, number))
+    outside = tmp_path.with_name("outside")
+    outside.mkdir()
+    kept += [outside / "meta.json", tmp_path / ("6" * 32), tmp_path / ("7" * 32)]
+    kept[-3].write_text(meta)
+    kept[-2].symlink_to(outside)
+    kept[-1].write_text("a file")
+    monkeypatch.setenv("TLMC_CACHE_GB", "0")
+    one(tmp_path, 1)
+    assert not cache.folder.exists()
+    assert all(path.exists() for path in kept)
+
+
+def test_a_foreign_file_in_the_place_of_a_cache_is_named(tmp_path):
+    folder = one(tmp_path).folder
+    (folder / "meta.json").write_text("{")
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match="holds notes.txt, which is no part of a descriptor cache: move it away"):
+        one(tmp_path)
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_what_a_killed_process_left_is_removed_after_a_week(tmp_path):
+    old, new = tmp_path / ".partial-0123456789abcdef", tmp_path / ".partial-fedcba9876543210"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "G.bin").write_bytes(b"0")
+    for path in (old / "G.bin", old):
+        os.utime(path, (0, 0))
+    one(tmp_path)
+    assert new.exists()
+    assert not old.exists()
+
+
+@pytest.mark.parametrize("size", ["ten", "nan", "-1", "1,5", "10GB"])
+def test_a_size_that_is_none_is_refused_before_anything_is_computed(tmp_path, monkeypatch, size):
+    monkeypatch.setenv("TLMC_CACHE_GB", size)
+    with pytest.raises(ConfigError, match=f"TLMC_CACHE_GB must be a number of gigabytes, 0 or more, got '{size}'"):
+        one(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_cache_needs_no_module_of_unix_only(tmp_path):
+    """As on Windows: no resource, no SIGHUP."""
+    code = """
+import signal, sys
+sys.modules["resource"] = None
+del signal.SIGHUP
+import tlmc.training, tlmc.training.distributed, tlmc.experiments, tlmc.cli
+from tlmc.training import cache
+assert cache._free_address_space() == float("inf")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 def test_progress_counts_frames(tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -131,11 +133,18 @@ def test_missing_backends_and_variables_are_named(monkeypatch):
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="RANK must be an integer, .* but is not set"), processes():
+    with pytest.raises(ConfigError, match="RANK must be an integer of at least 0, .* but is not set"), processes():
         pass
     monkeypatch.setenv("RANK", "one")
-    with pytest.raises(ConfigError, match="RANK must be an integer, .* but is 'one'"), processes():
+    with pytest.raises(ConfigError, match="RANK must be an integer of at least 0, .* but is 'one'"), processes():
         pass
+    monkeypatch.setenv("RANK", "-1")
+    with pytest.raises(ConfigError, match="RANK must be an integer of at least 0, .* but is '-1'"), processes():
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "0")
+    with pytest.raises(ConfigError, match="WORLD_SIZE must be an integer of at least 1, .* but is '0'"), processes():
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(ConfigError, match="device must be cpu or cuda, got 'cuda:0'"), processes("cuda:0"):
@@ -143,8 +152,15 @@ def test_missing_backends_and_variables_are_named(monkeypatch):
 
 
 def test_launched_processes_share_the_threads_and_hand_on_their_status(tmp_path, monkeypatch, capfd):
-    for name in ("TLMC_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        monkeypatch.setenv(name, "5")  # put back at the end
+    for name in ("TLMC_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "5")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+
+    def surroundings():
+        launcher = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+        return dict(os.environ), handlers, launcher.level, torch.get_num_threads()
+
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     script = tmp_path / "script.py"
     script.write_text(
@@ -156,9 +172,46 @@ def test_launched_processes_share_the_threads_and_hand_on_their_status(tmp_path,
         "if sys.argv[2:] == ['die']:\n"
         "    time.sleep(60) if os.environ['RANK'] == '0' else os.kill(os.getpid(), 9)\n"
     )
+    before = surroundings()
     assert launch(2, [str(script), str(tmp_path)]) == 0
+    assert surroundings() == before
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["0 0 2 2", "1 1 2 2"]
     assert launch(2, [str(script), str(tmp_path), "fail"]) == 2
     with pytest.raises(ContactError, match="process 1 ended with SIGKILL: the same command goes on"):
         launch(2, [str(script), str(tmp_path), "die"])
+    assert surroundings() == before
+    # a thread, a server's perhaps, may do the same
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(launch, 2, [str(script), str(tmp_path)]).result() == 0
+    assert surroundings() == before
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_launch_under_nohup_outlives_its_terminal(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, pathlib, sys, time\n"
+        "here, rank = pathlib.Path(sys.argv[1]), os.environ['RANK']\n"
+        "(here / f'started-{rank}').touch()\n"
+        "while not (here / 'go on').exists(): time.sleep(0.01)\n"
+        "(here / f'done-{rank}').touch()\n"
+    )
+    code = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "from tlmc.training.distributed import launch\n"
+        "sys.exit(launch(2, sys.argv[1:]))\n"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", code, str(script), str(tmp_path)])
+    try:
+        while not all((tmp_path / f"started-{rank}").exists() for rank in range(2)):
+            assert launcher.poll() is None
+            time.sleep(0.01)
+        launcher.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+        (tmp_path / "go on").touch()
+        assert launcher.wait(60) == 0
+    finally:
+        launcher.kill()
+        launcher.wait()
+    assert all((tmp_path / f"done-{rank}").exists() for rank in range(2))

@@ -5,16 +5,24 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
-from importlib.metadata import distribution, packages_distributions, version
+import zipfile
+from importlib.metadata import PathDistribution, distribution, packages_distributions, version
 from pathlib import Path
 
+import ase.io
 import pytest
 import yaml
+from ase.calculators.singlepoint import SinglePointCalculator
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from test_finetune import labelled, student
+
+from tlmc.training.checkpoint import save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -126,6 +134,114 @@ def test_package_holds_its_data_files():
         if path.is_file() and path.suffix not in (".py", ".pyc")
     }
     assert others == set(patterns)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Return the folder with a wheel and a source distribution, made from a copy of what the package is built of."""
+    folder = tmp_path_factory.mktemp("built")
+    source = folder / "source"
+    shutil.copytree(ROOT / "tlmc", source / "tlmc", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "tests", source / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    code = "from setuptools import build_meta as b; b.build_sdist('..'); b.build_wheel('..')"
+    answer = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(built):
+    """Return a function that runs the package of the wheel, and nothing of the checkout, in a folder of the user's."""
+    [wheel] = built.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(built / "site-packages")
+    (built / "here").mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TLMC_")}
+    environment |= {
+        "PYTHONPATH": str(built / "site-packages"),
+        "TLMC_CACHE_DIR": str(built / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+    def run(*command):
+        return subprocess.run(
+            [sys.executable, *map(str, command)],
+            cwd=built / "here",
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+def test_distributions_hold_the_whole_package(built):
+    modules = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tlmc").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    [wheel], [archive] = built.glob("*.whl"), built.glob("*.tar.gz")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name for name in names if ".dist-info/" not in name} == modules
+    inside = f"tlmc-{PROJECT['version']}"
+    with tarfile.open(archive) as opened:
+        files = {name.removeprefix(f"{inside}/") for name in opened.getnames()}
+    assert modules | {"LICENSE", "README.md", "pyproject.toml"} <= files
+    # they need the notebooks and the data, which are not in it
+    assert not {name for name in files if name.startswith("tests/")}
+
+
+def test_the_wheel_says_what_it_needs(built, installed):
+    facts = PathDistribution(built / "site-packages" / f"tlmc-{PROJECT['version']}.dist-info")
+    required = {str(Requirement(text)) for text in facts.requires or [] if "extra ==" not in text}
+    assert required == {str(Requirement(text)) for text in PROJECT["dependencies"]}
+    assert set(facts.metadata.get_all("Provides-Extra")) == set(PROJECT["optional-dependencies"])
+    assert [(entry.name, entry.value) for entry in facts.entry_points] == [("tlmc", "tlmc.cli:app")]
+    assert "Operating System :: POSIX :: Linux" in facts.metadata.get_all("Classifier")
+    assert facts.read_text("licenses/LICENSE") == (ROOT / "LICENSE").read_text()
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_in_an_empty_folder(built, installed):
+    """On the user's file, with results beside it; what needs the checkout says so in a sentence."""
+    frames = []
+    data = labelled()
+    for frame, energy, forces in zip(data.frames, data.energies, data.forces, strict=True):
+        frame = frame.copy()
+        frame.calc = SinglePointCalculator(frame, energy=energy, forces=forces)
+        frames.append(frame)
+    here = built / "here"
+    ase.io.write(here / "my.extxyz", frames)
+    save_model(student(), here / "start.safetensors")
+    cli = ("-m", "tlmc.cli")
+    answer = installed(*cli, "finetune", "my.extxyz", "--start-model", "start.safetensors", "--epochs", 2)
+    assert answer.returncode == 0, answer.stderr
+    [model] = (here / "tlmc-runs" / "runs").glob("my-*/model.safetensors")
+    assert {path.name for path in here.iterdir()} == {"my.extxyz", "start.safetensors", "tlmc-runs"}
+    code = f"""
+import sys, tlmc
+from typer.testing import CliRunner
+from tlmc.cli import app
+assert tlmc.__file__.startswith({str(built)!r})
+for arguments in (
+    ["evaluate", {str(model)!r}, "my.extxyz"], ["fetch", "--list"], ["study"], ["finetune", "naphthalene"]
+):
+    result = CliRunner().invoke(app, arguments)
+    sys.stdout.write(f"{{result.exit_code}} {{' '.join(result.output.split())}}\\n")
+"""
+    answer = installed("-c", code)
+    assert answer.returncode == 0, answer.stderr
+    evaluated, listed, studied, embedded = answer.stdout.splitlines()
+    assert re.match(r"0 .*force_rmse_vector", evaluated)
+    assert "molcrys-mace/21_urea" in listed
+    assert "naphthalene " not in listed.replace("13_naphthalene", "")
+    assert studied.startswith("2 this needs the notebooks and data of the checkout of tlmc, and ")
+    assert embedded.startswith("2 naphthalene: neither a file nor a known data set; ")
+    assert embedded.endswith("The embedded sets come with the checkout of tlmc only: set TLMC_ROOT to one")
 
 
 def test_citation_agrees_with_the_package():

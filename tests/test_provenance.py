@@ -30,6 +30,13 @@ def test_revision_is_the_commit_of_the_checkout():
 def test_revision_is_empty_outside_a_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, "PACKAGE_DIR", tmp_path)
     assert provenance.git_revision() == ""
+    # installed into the repository of something else
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "-m", "theirs"], check=True)
+    monkeypatch.setattr(provenance, "PACKAGE_DIR", tmp_path / "site-packages" / "tlmc")
+    provenance.PACKAGE_DIR.mkdir(parents=True)
+    assert provenance.git_revision() == ""
 
 
 def test_code_hash_follows_names_and_content(tmp_path, monkeypatch):

@@ -42,7 +42,9 @@ TLMC_CACHE_DIR: downloads and descriptor caches (default: the user's cache folde
 
 TLMC_CACHE_GB: size of all descriptor caches beyond which the oldest go (default: 10)
 
-TLMC_REPORTS_DIR: metrics, figures, runs and the report (default: reports/ of the checkout)
+TLMC_REPORTS_DIR: metrics, figures, runs and the report (default: reports/ of the checkout, ./tlmc-runs without one)
+
+TLMC_KERNELS: off to compute with torch operations alone, without the compiled kernels (default: on)
 
 TLMC_THREADS: threads that a command and the notebooks it runs may use (default: one per core)
 
@@ -143,12 +145,12 @@ def _main(
         logger = logging.getLogger(name)
         logger.setLevel(level)
         logger.handlers = [handler]
-    threads = os.environ.get("TLMC_THREADS")
-    if threads is not None:
-        if not (threads.isdigit() and int(threads) > 0):
+    threads = os.environ.get("TLMC_THREADS", "").strip()
+    if threads:
+        if not (threads.isdecimal() and int(threads) > 0):
             raise ConfigError(f"TLMC_THREADS must be a positive integer, got {threads!r}")
         # read by torch when it is imported, later than this, and inherited by kernels
-        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = threads
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(int(threads))
 
 
 @app.command()

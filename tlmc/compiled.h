@@ -1,7 +1,17 @@
 /* What the compiled parts of the package share. IS_DOUBLE says in which precision `real` numbers are. */
 
 #include <math.h>
+#include <stdint.h>
 #include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static inline int omp_get_thread_num(void) { return 0; }
+#endif
+
+/* torch's int64 numbers come as arrays of long */
+_Static_assert(sizeof(long) == sizeof(int64_t), "long has not the 64 bits that the compiled kernels need");
 
 #if IS_DOUBLE
 typedef double real;

@@ -339,6 +339,10 @@ def _unknown(source: str, embedded: dict[str, Path]) -> str:
     ]
     near = difflib.get_close_matches(source, names, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else "tlmc fetch --list shows the known names"
+    try:
+        data_dir()
+    except FileNotFoundError:
+        hint += " The embedded sets come with the checkout of tlmc only: set TLMC_ROOT to one"
     return f"{source}: neither a file nor a known data set; {hint}"
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_path(target: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside ``target`` that replaces it when the block ends without an error.
 
@@ -21,18 +21,24 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}-", suffix=target.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _new_file(target)
     try:
+        # as readable as the umask says, also where a writer makes the file anew
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
-        # mkstemp makes a private file; a result is as readable as the umask says
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        temporary.chmod(mode)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _new_file(target: Path) -> Path:
+    """Make an empty file beside a target; unlike mkstemp's, it is not private: the umask decides."""
+    while True:
+        path = target.with_name(f".{target.stem}-{secrets.token_hex(4)}{target.suffix}")
+        with contextlib.suppress(FileExistsError):
+            path.touch(exist_ok=False)
+            return path
 
 
 def write_text(target: Path | str, text: str) -> None:

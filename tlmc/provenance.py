@@ -37,6 +37,8 @@ def git_revision() -> str:
 
     ``reports/`` does not count: a study writes there while it runs.
     """
+    if not (PACKAGE_DIR.parent / ".git").exists():
+        return ""  # a virtual environment may lie in the repository of something else
     git = ["git", "-C", str(PACKAGE_DIR)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)

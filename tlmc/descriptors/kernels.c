@@ -16,7 +16,6 @@ of the power spectrum it is
   p = sum_m u_lm c c,   u_lm = pi sqrt(8 / (2 l + 1)) N_lm^2 = sqrt((2 l + 1) / 2) (1 or 2 (l - m)! / (l + m)!). */
 
 #include "compiled.h"
-#include <omp.h>
 
 #define LANES 8 /* neighbours that are worked on side by side */
 
@@ -430,3 +429,6 @@ void symmetry_values(const Symmetry *s, long n_centres, long n_features, double 
             }
     }
 }
+
+/* What kernels.py must agree on. */
+const int64_t layout[] = {sizeof(Soap), sizeof(Symmetry)};

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import POINTER, c_double, c_int, c_long, c_void_p
+from ctypes import POINTER, c_double, c_int, c_int64, c_void_p, sizeof
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ class _Soap(ctypes.Structure):
     """``Soap`` of kernels.c."""
 
     _fields_ = [
-        *((name, c_long) for name in ("n_species", "l_max", "n_max", "n_terms", "n_pairs")),
+        *((name, c_int64) for name in ("n_species", "l_max", "n_max", "n_terms", "n_pairs")),
         *((name, c_double) for name in ("r_cut", "reach")),
         *((name, c_void_p) for name in ("radial", "slopes", "mixing", "own")),
         *((name, c_void_p) for name in ("centre", "neighbour_species", "species", "vectors")),
@@ -39,7 +39,7 @@ class _Symmetry(ctypes.Structure):
     """``Symmetry`` of kernels.c."""
 
     _fields_ = [
-        *((name, c_long) for name in ("n_species", "n_radial", "n_near", "n_angular", "n_pairs")),
+        *((name, c_int64) for name in ("n_species", "n_radial", "n_near", "n_angular", "n_pairs")),
         ("r_cut", c_double),
         *((name, c_void_p) for name in ("radial", "angular", "centre", "neighbour_species", "vectors")),
     ]
@@ -48,14 +48,14 @@ class _Symmetry(ctypes.Structure):
 @functools.cache
 def kernels() -> ctypes.CDLL | None:
     """Return the compiled functions, or None; see :func:`tlmc.compiled.load`."""
-    pointer, n = c_void_p, c_long
+    pointer, n = c_void_p, c_int64
     functions = {
         "soap_values": [POINTER(_Soap), n, pointer, n, pointer, pointer, c_int],
         "soap_slopes": [POINTER(_Soap), n, n, pointer, pointer, pointer, pointer, n, pointer, pointer, c_int],
         "symmetry_values": [POINTER(_Symmetry), n, n, pointer, pointer, c_int],
     }
     loss = "descriptors go on without the compiled kernels, several times slower for small structures"
-    library = compiled.load(_SOURCE, torch.float64, functions, loss)
+    library = compiled.load(_SOURCE, torch.float64, functions, loss, [sizeof(_Soap), sizeof(_Symmetry)])
     if library is not None:
         library.soap_room.argtypes, library.symmetry_room.argtypes = [POINTER(_Soap)], [POINTER(_Symmetry)]
         library.soap_room.restype = library.symmetry_room.restype = n

@@ -11,6 +11,7 @@ layout is particular to AEVs, so columns of another local descriptor can follow 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -19,9 +20,11 @@ import logging
 import math
 import mmap
 import os
-import resource
+import re
+import secrets
 import shutil
-import tempfile
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -52,6 +55,11 @@ _ARRAYS = {
     "species": torch.int32,
     "order": torch.int32,
 }
+_FILES = {"meta.json", *(f"{name}.bin" for name in (*_ARRAYS, "columns_of_blocks"))}
+"""All that a cache is made of, layout 1 included: other files are somebody else's."""
+_UNFINISHED = ".partial-", ".removed-"
+"""Folders that a process fills or empties; one that was killed leaves them behind."""
+_WEEK = 7 * 24 * 3600.0
 
 
 class Structure(NamedTuple):
@@ -97,7 +105,8 @@ class DescriptorCache(Sequence[Structure]):
     """Descriptors of a set of frames on disk, mapped into memory: pages are read when touched and dropped at need.
 
     The files are mapped as wholes. Where the process may not address that much (``ulimit -v``), every structure is
-    mapped when asked for and released with its last reference, so that sets of any size pass.
+    mapped when asked for and released with its last reference, so that sets of any size pass. Either way the files are
+    open from the beginning, and may be removed by a process that makes room while this one reads.
 
     Attributes
     ----------
@@ -118,10 +127,14 @@ class DescriptorCache(Sequence[Structure]):
         self._atoms, self._blocks = ([0, *itertools.accumulate(column)] for column in zip(*sizes, strict=True))
         counts = {name: (dtype, count) for name, dtype, count in _counts(meta)}
         self._whole: dict[str, Tensor] | None = None
-        if sum(dtype.itemsize * count for dtype, count in counts.values()) < 0.5 * _free_address_space():
-            self._whole = {name: self._map(name, 0, count) for name, (_, count) in counts.items()}
+        with contextlib.ExitStack() as stack:
+            self._files = {name: stack.enter_context(open(folder / f"{name}.bin", "rb")) for name in _ARRAYS}
+            self.present: list[int] = np.unique(np.fromfile(self._files["species"], dtype=np.int32)).tolist()
+            if sum(dtype.itemsize * count for dtype, count in counts.values()) < 0.5 * _free_address_space():
+                self._whole = {name: self._map(name, 0, count) for name, (_, count) in counts.items()}
+            else:
+                weakref.finalize(self, stack.pop_all().close)
         self._opened: list[Structure | None] = [None] * len(sizes)
-        self.present: list[int] = np.unique(np.fromfile(folder / "species.bin", dtype=np.int32)).tolist()
 
     def __len__(self) -> int:
         return len(self._opened)
@@ -170,13 +183,16 @@ class DescriptorCache(Sequence[Structure]):
             return torch.empty(0, dtype=dtype)
         begin, end = first * dtype.itemsize, (first + count) * dtype.itemsize
         offset = begin - begin % mmap.ALLOCATIONGRANULARITY
-        with open(self.folder / f"{name}.bin", "rb") as stream:
-            pages = mmap.mmap(stream.fileno(), end - offset, access=mmap.ACCESS_COPY, offset=offset)
+        pages = mmap.mmap(self._files[name].fileno(), end - offset, access=mmap.ACCESS_COPY, offset=offset)
         return torch.frombuffer(pages, dtype=dtype, count=count, offset=begin - offset)
 
 
 def _free_address_space() -> float:
     """Return how many more bytes this process may address."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.inf
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     statm = Path("/proc/self/statm")
     if limit == resource.RLIM_INFINITY:
@@ -213,55 +229,139 @@ def build_cache(
         If a frame holds an element without a network.
     DataError
         If there are no frames or the disk is too small.
+    ConfigError
+        If ``TLMC_CACHE_GB`` is no size.
     """
     if not frames:
         raise DataError("there are no frames to describe")
+    limit = _limit()
     species = [model.species(frame) for frame in frames]
     folder = paths.cache_dir() / "descriptors" if folder is None else Path(folder)
     target = folder / _key(model, frames, species, dtype)
-    if not _is_complete(target):
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder, prefix=".partial-"))
-        try:
-            _write(partial, model, frames, species, dtype, report)
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise DataError(
-                    f"no space left for the descriptor cache in {folder}: free some or set TLMC_CACHE_DIR"
-                ) from error
-            # another process may have finished the same cache in the meantime, which is as good
-            if not _is_complete(target):
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        _evict(folder, keep=target)
-    os.utime(target)
-    return DescriptorCache(target)
+    found = _reopened(target)
+    if found is not None:
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{_UNFINISHED[0]}{secrets.token_hex(8)}"
+    partial.mkdir()
+    try:
+        _write(partial, model, frames, species, dtype, report)
+        # a map outlives the name of its file, so nobody takes this cache away before it is used; Windows would not
+        # rename what is mapped
+        built = DescriptorCache(partial) if os.name == "posix" else None
+        if not _publish(partial, target):
+            return _reopened(target) or DescriptorCache(partial)
+        if built is None:
+            built = DescriptorCache(target)
+        built.folder = target
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise DataError(
+                f"no space left for the descriptor cache in {folder}: free some or set TLMC_CACHE_DIR"
+            ) from error
+        raise
+    finally:
+        _clear(partial)
+    _evict(folder, target, limit)
+    return built
 
 
-def _evict(folder: Path, keep: Path) -> None:
-    """Remove the caches that have not been opened for longest while all together are larger than the limit."""
-    given = os.environ.get("TLMC_CACHE_GB", str(DEFAULT_LIMIT_GB))
+def _limit() -> float:
+    """Return how many bytes all caches together may have."""
+    given = os.environ.get("TLMC_CACHE_GB") or str(DEFAULT_LIMIT_GB)
     try:
         limit = float(given) * 1e9
-    except ValueError as error:
-        raise ConfigError(f"TLMC_CACHE_GB must be a number of gigabytes, got {given!r}") from error
-    # whatever was once a cache counts, of older layouts too; a build in progress has a name with a dot
-    caches = (path.parent for path in folder.glob("[!.]*/meta.json"))
-    by_age = sorted(caches, key=lambda path: path.stat().st_mtime)
-    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in by_age}
-    for path in by_age:
-        if path != keep and sum(sizes.values()) > limit:
-            _LOG.info(
-                "removing the descriptor cache %s, %.1f GB, to stay below %.1f GB",
-                path,
-                sizes.pop(path) / 1e9,
-                limit / 1e9,
-            )
-            # a process that still reads it keeps its maps until it ends
-            shutil.rmtree(path, ignore_errors=True)
+    except ValueError:
+        limit = math.nan
+    if not limit >= 0:
+        raise ConfigError(f"TLMC_CACHE_GB must be a number of gigabytes, 0 or more, got {given!r}")
+    return limit
+
+
+def _reopened(target: Path) -> DescriptorCache | None:
+    """Open a cache if it is there and whole, and note that it was."""
+    try:
+        if not _is_complete(target, _LOG.warning):
+            return None
+        cache = DescriptorCache(target)
+    except FileNotFoundError:
+        # another process has just removed it, to make room
+        return None
+    with contextlib.suppress(OSError):
+        # it may be gone by now, which does no harm, or belong to another user
+        os.utime(target)
+    return cache
+
+
+def _publish(partial: Path, target: Path) -> bool:
+    """Give a cache its name; return False if another process has finished the same in the meantime."""
+    if _is_complete(target):
+        return False
+    if target.exists():
+        foreign = {path.name for path in target.iterdir()} - _FILES
+        if foreign:
+            raise DataError(f"{target} holds {min(foreign)}, which is no part of a descriptor cache: move it away")
+        _remove(target)
+    try:
+        partial.rename(target)
+    except OSError:
+        if not _is_complete(target):
+            raise
+        return False
+    return True
+
+
+def _evict(folder: Path, keep: Path, limit: float) -> None:
+    """Remove the caches that have not been opened for longest while all together are larger than the limit."""
+    caches = []
+    for path in folder.iterdir():
+        # other processes make room, too
+        with contextlib.suppress(OSError):
+            if re.fullmatch(r"\.(partial|removed)-[a-z0-9_]{8,16}", path.name) and not path.is_symlink():
+                if max(part.stat().st_mtime for part in (path, *path.iterdir())) < time.time() - _WEEK:
+                    _clear(path)
+            elif _is_cache(path):
+                caches.append((path.stat().st_mtime, sum(file.stat().st_size for file in path.iterdir()), path))
+    total = sum(size for _, size, _ in caches)
+    for _, size, path in sorted(caches):
+        if path != keep and total > limit and _remove(path):
+            total -= size
+            _LOG.info("removed the descriptor cache %s, %.1f GB, to stay below %.1f GB", path, size / 1e9, limit / 1e9)
+
+
+def _is_cache(path: Path) -> bool:
+    """Tell whether a folder is a cache, of an older layout perhaps, and holds nothing else."""
+    if not re.fullmatch("[0-9a-f]{32}", path.name) or path.is_symlink() or not path.is_dir():
+        return False
+    if not {file.name for file in path.iterdir()} <= _FILES:
+        return False
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+    except ValueError:
+        return False
+    return isinstance(meta, dict) and {"layout", "dtype", "columns", "frames"} <= meta.keys()
+
+
+def _remove(cache: Path) -> bool:
+    """Remove a cache, at once for all who look for it; tell whether it is gone. Who has it open can go on reading."""
+    going = cache.with_name(f"{_UNFINISHED[1]}{secrets.token_hex(8)}")
+    try:
+        cache.rename(going)
+    except FileNotFoundError:
+        return True  # another process was first
+    except OSError:
+        return False  # of another user
+    _clear(going)
+    return True
+
+
+def _clear(folder: Path) -> None:
+    """Remove the files of a cache, and their folder if nothing else is in it."""
+    for path in (*(folder / name for name in _FILES), *folder.glob(".meta-*.json")):
+        with contextlib.suppress(OSError):
+            path.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _key(model: Potential, frames: Sequence[Atoms], species: Sequence[Tensor], dtype: torch.dtype) -> str:
@@ -361,20 +461,20 @@ def _check_space(folder: Path, bytes_per_atom: float, frames: Sequence[Atoms]) -
         )
 
 
-def _is_complete(folder: Path) -> bool:
-    """Tell whether a cache is there with every file as long as its description says."""
+def _is_complete(folder: Path, say: Callable[[str, Path, object], None] | None = None) -> bool:
+    """Tell whether a cache is there with every file as long as its description says; what is damaged can be said."""
+    problem: object = "sizes differ"
     try:
         meta = json.loads((folder / "meta.json").read_text())
         complete = meta["layout"] == LAYOUT_VERSION and all(
             (folder / f"{name}.bin").stat().st_size == count * dtype.itemsize for name, dtype, count in _counts(meta)
         )
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
-    except (json.JSONDecodeError, KeyError) as error:
-        _LOG.warning("the descriptor cache %s is damaged (%s) and is computed again", folder, error)
-        return False
-    if not complete:
-        _LOG.warning("the descriptor cache %s is damaged (sizes differ) and is computed again", folder)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        complete, problem = False, error
+    if not complete and say is not None:
+        say("the descriptor cache %s is damaged (%s) and is computed again", folder, problem)
     return complete
 
 

@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,8 +38,9 @@ from tlmc.training.devices import find_device
 PATIENCE = timedelta(hours=12)
 """How long a process waits for another; long, since the first one may compute descriptors or validate alone."""
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
-_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals to a launcher that it hands on to its processes."""
+_HANDLED = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Signals to a launcher that it hands on to its processes; Windows has no SIGHUP."""
+_LAUNCHER = "torch.distributed.elastic"
 T = TypeVar("T")
 
 
@@ -135,11 +137,11 @@ def processes(device: str = "cpu") -> Iterator[Group]:
     ConfigError
         If a variable is missing, a process has no GPU, or torch was built without the backend.
     """
-    size = _variable("WORLD_SIZE", 1)
+    size = _variable("WORLD_SIZE", 1, 1)
     if size == 1:
         yield Group(device=find_device(device))
         return
-    rank, local_rank = _variable("RANK"), _variable("LOCAL_RANK")
+    rank, local_rank = _variable("RANK", 0), _variable("LOCAL_RANK", 0)
     if device == "cuda":
         device = f"cuda:{local_rank}"
     elif device != "cpu":
@@ -171,7 +173,7 @@ def check_backend(device_type: str) -> None:
 
 def launched_processes() -> int:
     """Return how many processes a launcher started together with this one; 1 without a launcher."""
-    return _variable("WORLD_SIZE", 1)
+    return _variable("WORLD_SIZE", 1, 1)
 
 
 def launch(n_processes: int, arguments: Sequence[str]) -> int:
@@ -194,14 +196,10 @@ def launch(n_processes: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # what ended is said once, by the process or below
-    # torch counts what either variable allows
-    share = str(max(1, torch.get_num_threads() // n_processes))
-    os.environ.update({"OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share, "TLMC_THREADS": share})
-    handlers = {number: signal.getsignal(number) for number in _HANDLED}
-    with tempfile.TemporaryDirectory(prefix="tlmc-processes-") as logs:
+    # who started this with nohup wants it to outlive the terminal
+    handled = [number for number in _HANDLED if signal.getsignal(number) is not signal.SIG_IGN]
+    share = max(1, torch.get_num_threads() // n_processes)
+    with _surroundings(share), tempfile.TemporaryDirectory(prefix="tlmc-processes-") as logs:
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -211,7 +209,7 @@ def launch(n_processes: int, arguments: Sequence[str]) -> int:
             rdzv_endpoint="localhost:0",
             local_addr="localhost",
             max_restarts=0,
-            signals_to_handle=",".join(number.name for number in _HANDLED),
+            signals_to_handle=",".join(number.name for number in handled),
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
@@ -227,18 +225,46 @@ def launch(n_processes: int, arguments: Sequence[str]) -> int:
             return status
         except SignalException as error:
             return 128 + int(error.sigval)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
     return 0
 
 
-def _variable(name: str, default: int | None = None) -> int:
-    text = os.environ.get(name, default)
+@contextmanager
+def _surroundings(threads: int) -> Iterator[None]:
+    """Tell the processes how many threads they have, and put back at the end what they and torch's launcher need."""
+    # torch counts what either of the first two allows; the launcher sets the last
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TLMC_THREADS", "TORCHELASTIC_SIGNALS_TO_HANDLE")
+    variables = {name: os.environ.get(name) for name in names}
+    handlers = {number: signal.getsignal(number) for number in _HANDLED}
+    loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.startswith(_LAUNCHER)]
+    levels = [logger.level for logger in loggers]
+    os.environ.update(dict.fromkeys(names[:3], str(threads)))
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)  # what ended is said once, by the process or by us
     try:
-        return int(text)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
+        yield
+    finally:
+        for name, value in variables.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if threading.current_thread() is threading.main_thread():  # elsewhere the launcher leaves them alone
+            for number, handler in handlers.items():
+                if handler is not None:  # or it was set by a C library, and cannot be put back
+                    signal.signal(number, handler)
+
+
+def _variable(name: str, least: int, default: int | None = None) -> int:
+    text = os.environ.get(name) or default
+    try:
+        value = int(text)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        value = least - 1
+    if value < least:
         raise ConfigError(
-            f"{name} must be an integer, as torchrun sets it in every process, but is "
+            f"{name} must be an integer of at least {least}, as torchrun sets it in every process, but is "
             f"{'not set' if text is None else repr(text)}"
-        ) from error
+        )
+    return value

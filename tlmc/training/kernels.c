@@ -5,7 +5,6 @@ work between two products is one pass. Every result is written by one task, so t
 of threads. Compiled by kernels.py, once with real numbers of type float and once of type double. Arrays are row-major. */
 
 #include "compiled.h"
-#include <omp.h>
 
 #define BLOCK 16
 #define MAX_LAYERS 8
@@ -347,3 +346,6 @@ void jacobian(const Sparse *structures, long count, long K, const long *row, con
         }
     }
 }
+
+/* What kernels.py must agree on. */
+const int64_t layout[] = {BLOCK, MAX_LAYERS, sizeof(Net), sizeof(Sparse), sizeof(Update)};

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Mapping, Sequence
-from ctypes import POINTER, c_double, c_float, c_int, c_long, c_void_p
+from ctypes import POINTER, c_double, c_float, c_int, c_int64, c_void_p, sizeof
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tlmc import compiled
+from tlmc.descriptors.aev import BLOCK
 from tlmc.potentials.model import Layer
 from tlmc.potentials.network import CELU_ALPHA
 from tlmc.training.optimizer import BETA1, BETA2, EPS, Update
@@ -33,10 +34,10 @@ class Net(ctypes.Structure):
     """``Net`` of kernels.c: the networks of one element and what their sweeps keep."""
 
     _fields_ = [
-        ("n_atoms", c_long),
-        ("first", c_long),
+        ("n_atoms", c_int64),
+        ("first", c_int64),
         *((name, c_void_p * MAX_LAYERS) for name in ("weight", "bias", "weight_slope", "bias_slope", "A", "D")),
-        ("width", c_long * MAX_LAYERS),
+        ("width", c_int64 * MAX_LAYERS),
     ]
 
 
@@ -44,8 +45,8 @@ class Sparse(ctypes.Structure):
     """``Sparse`` of kernels.c: the Jacobian of one structure of a batch."""
 
     _fields_ = [
-        ("n_atoms", c_long),
-        ("first", c_long),
+        ("n_atoms", c_int64),
+        ("first", c_int64),
         ("values", c_void_p),
         ("atoms", c_void_p),
         ("starts", c_void_p),
@@ -84,7 +85,7 @@ class CompiledSweeps:
                 bias=_pointers([part.bias for part in parts]),
                 weight_slope=_pointers([None if slot is None else slot.weight for slot in trained]),
                 bias_slope=_pointers([None if slot is None else slot.bias for slot in trained]),
-                width=(c_long * MAX_LAYERS)(*widths),
+                width=(c_int64 * MAX_LAYERS)(*widths),
             )
         first = next(iter(layers.values()))
         self._members, self._hidden = len(first[0].weight), len(first) - 1
@@ -193,13 +194,14 @@ def _pointers(tensors: Sequence[Tensor | None]) -> Any:
 def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     """Return the compiled functions for one precision, see kernels.c, or None; see :func:`tlmc.compiled.load`."""
     real, pointer = (c_double if dtype == torch.float64 else c_float), c_void_p
-    nets, structures = [POINTER(Net)] + [c_long] * 4, [POINTER(Sparse), c_long, c_long, pointer]
+    nets, structures = [POINTER(Net)] + [c_int64] * 4, [POINTER(Sparse), c_int64, c_int64, pointer]
     functions: dict[str, list[Any]] = {
-        "forward": [*nets, c_long, pointer, real, real, pointer, pointer, pointer, c_int],
-        "reverse": [*nets, pointer, pointer, real, real, pointer, c_long, c_long, POINTER(AdamW), c_int],
-        "adamw_without_gradient": [POINTER(AdamW), pointer, c_long, c_int],
+        "forward": [*nets, c_int64, pointer, real, real, pointer, pointer, pointer, c_int],
+        "reverse": [*nets, pointer, pointer, real, real, pointer, c_int64, c_int64, POINTER(AdamW), c_int],
+        "adamw_without_gradient": [POINTER(AdamW), pointer, c_int64, c_int],
         "jacobian_transposed": [*structures, pointer, pointer, c_int],
         "jacobian": [*structures, pointer, pointer, c_int],
     }
     loss = "training goes on without the compiled kernels, up to twice slower"
-    return compiled.load(_SOURCE, dtype, functions, loss)
+    layout = [BLOCK, MAX_LAYERS, *map(sizeof, (Net, Sparse, AdamW))]
+    return compiled.load(_SOURCE, dtype, functions, loss, layout)
