@@ -144,4 +144,5 @@ def toy_potential(symbols=("H", "C", "O", "S", "Cl"), members=3, seed=0, dtype=t
         networks={s: tuple(layer(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)) for s in symbols},
         self_energies={s: -10.0 * (k + 1) for k, s in enumerate(symbols)},
         fingerprint="made up",
+        committee=True,
     )

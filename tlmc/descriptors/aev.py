@@ -24,6 +24,8 @@ from ase import Atoms
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tlmc.equality import equal_by_content
+
 BLOCK = 16
 """Columns per block of a sparse Jacobian: every AEV sub-block is a multiple of this wide."""
 
@@ -75,6 +77,7 @@ class AEVParameters:
         return torch.cat([radial, n_species * self.n_radial + angular])
 
 
+@equal_by_content
 class Neighbours(NamedTuple):
     """A full neighbour list sorted by centre: every pair within the cutoff appears from both sides."""
 
@@ -86,6 +89,7 @@ class Neighbours(NamedTuple):
     """``x_j + shift - x_i`` in Angstrom, shape ``(n_pairs, 3)``."""
 
 
+@equal_by_content
 class BlockJacobian(NamedTuple):
     """A sparse Jacobian dG/dx made of dense blocks of ``BLOCK`` columns by 3 coordinates, sorted by row."""
 
@@ -119,6 +123,7 @@ class _Triples(NamedTuple):
     """``da/dcos``."""
 
 
+@equal_by_content
 class AEVTerms(NamedTuple):
     """What values and derivatives of the AEVs of one frame share."""
 

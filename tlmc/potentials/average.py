@@ -3,6 +3,10 @@
 Models that were fine-tuned with other columns err in part independently, so that their mean is often better than
 either. A :class:`tlmc.potentials.model.Potential` is the mean of its members already, so the mean of models is the
 ensemble of all their members: it is saved and used like any other, and costs as much as its parts.
+
+The mean is no committee. Its members are not kept apart by the model they came from, and the energies of each part
+would need the reference that was fitted for it; for a spread, ask the models themselves
+(:func:`tlmc.sampling.predict_committee` takes a list).
 """
 
 from __future__ import annotations
@@ -56,7 +60,8 @@ def average(models: Sequence[Potential]) -> Potential:
         symbol: tuple(_stack(layers) for layers in zip(*(model.networks[symbol] for model in alike), strict=True))
         for symbol in first.symbols
     }
-    return dataclasses.replace(first, networks=networks, enrichment=joint, reference=_mean_reference(models))
+    reference = _mean_reference(models)
+    return dataclasses.replace(first, networks=networks, enrichment=joint, reference=reference, committee=False)
 
 
 def _stack(layers: Sequence[Layer]) -> Layer:

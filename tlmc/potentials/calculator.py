@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tlmc.descriptors.aev import Neighbours, aev, aev_backward, aev_terms, neighbours
+from tlmc.equality import equal_by_content
 from tlmc.errors import DataError, ModelError
 from tlmc.potentials.model import Layer, Potential
 from tlmc.potentials.network import backward, forward
@@ -21,6 +22,7 @@ OVERLAP = 0.1
 """Distance in Angstrom below which two atoms count as one written twice."""
 
 
+@equal_by_content
 class Predictions(NamedTuple):
     """What a model says about some frames."""
 
@@ -67,6 +69,9 @@ def predict(model: Potential, frames: Sequence[Atoms]) -> Predictions:
 def member_energies(model: Potential, frame: Atoms) -> NDArray[np.float64]:
     """Return the energy of a frame according to each member of the ensemble, eV, shape ``(members,)``.
 
+    Only the mean of these numbers is a prediction, unless the members were trained each by itself
+    (:attr:`Potential.committee`); for a spread, use `energy_spread`, which makes sure of that.
+
     Raises
     ------
     ModelError, DataError
@@ -97,10 +102,12 @@ def energy_spread(model: Potential, frames: Sequence[Atoms]) -> NDArray[np.float
     Raises
     ------
     ModelError
-        If the model has one member, or as in `predict`.
+        If the model has one member, or members that are no committee, as those of a fine-tuned ensemble
+        (:attr:`Potential.committee`), or as in `predict`.
     """
     if model.members < 2:
         raise ModelError(f"{model.name} has {model.members} member: a spread needs an ensemble, e.g. ani2x")
+    model.check_committee()
     return np.array([member_energies(model, frame).std(ddof=1) / np.sqrt(len(frame)) for frame in frames])
 
 

@@ -170,6 +170,7 @@ def _load_ani2x() -> Potential:
         networks={symbol: tuple(layer(symbol, name) for name in names) for symbol in _ANI2X_SYMBOLS},
         self_energies=dict(zip(_ANI2X_SYMBOLS, self_energies.tolist(), strict=True)),
         fingerprint=fingerprint,
+        committee=True,
     )
 
 

@@ -32,6 +32,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student
 
 from tlmc.datasets import dataset_from_frames
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError
 from tlmc.evaluation.metrics import evaluate, per_frame
 from tlmc.files import write_json
@@ -70,6 +71,7 @@ class Pool(Protocol):
         """Return these structures with labels, in this order."""
 
 
+@equal_by_content
 @dataclass(frozen=True)
 class LabelledPool:
     """A pool whose labels are known already."""
@@ -179,6 +181,7 @@ class LoopConfig:
             raise ConfigError(f"max_labels and seed must not be negative, got {self.max_labels} and {self.seed}")
 
 
+@equal_by_content
 @dataclass(frozen=True)
 class LoopResult:
     """What the loop did."""

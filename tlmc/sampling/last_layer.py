@@ -31,6 +31,7 @@ from scipy.linalg import cho_factor, cho_solve
 from scipy.sparse import bsr_array
 from torch import Tensor
 
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError, ModelError
 from tlmc.geometry import frame_hash
 from tlmc.labelled import Dataset
@@ -44,6 +45,7 @@ from tlmc.training.cache import Structure, build_cache
 FloatArray = NDArray[np.float64]
 
 
+@equal_by_content
 class Features(NamedTuple):
     """What the output layers act on, for one frame."""
 

@@ -26,6 +26,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from tlmc.descriptors.aev import aev, neighbours
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError
 from tlmc.geometry import contacts, is_crystal
 from tlmc.potentials.model import Potential
@@ -165,6 +166,7 @@ def rigid_motions(frame: Atoms) -> FloatArray:
     return np.concatenate([translations, kept])
 
 
+@equal_by_content
 @dataclass(frozen=True)
 class NormalModes:
     """Vibrations of a structure, softest first."""
@@ -234,6 +236,7 @@ def normal_modes(frame: Atoms, hessian: FloatArray) -> NormalModes:
     )
 
 
+@equal_by_content
 class Samples(NamedTuple):
     """Structures drawn along normal modes."""
 

@@ -82,6 +82,7 @@ def save_model(potential: Potential, path: Path | str, metadata: Mapping[str, An
             "reference": None if potential.reference is None else potential.reference.to_json(),
             "scale": potential.scale,
             "enrichment": None if potential.enrichment is None else potential.enrichment.to_json(),
+            "committee": potential.committee,
         },
         "versions": package_versions(),
         "git_revision": git_revision(),
@@ -136,6 +137,8 @@ def load_model(path: Path | str) -> tuple[Potential, dict[str, Any]]:
             reference=None if content["reference"] is None else ReferenceEnergies.from_json(content["reference"]),
             scale=content["scale"],
             enrichment=enrichment,
+            # files written before this was kept may be fine-tuned, so they do not count as one
+            committee=content.get("committee", False) is True,
         )
     except (KeyError, IndexError, TypeError, ValueError, ConfigError) as error:
         raise ModelError(f"{path} lacks a part of the model or holds a wrong one: {error}") from error
