@@ -209,6 +209,25 @@ def toy():
     return toy_potential()
 
 
+def dry_ice() -> Atoms:
+    return crystal(["C", "O"], [(0, 0, 0), (0.12, 0.12, 0.12)], spacegroup=205, cellpar=[5.6] * 3 + [90] * 3)
+
+
+class Foreign(Calculator):
+    """A calculator of which nothing is known but energy and forces."""
+
+    implemented_properties = ("energy", "forces")
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+        super().calculate(atoms, properties, system_changes)
+        inner = TlmcCalculator(self.model)
+        self.results = {"energy": inner.get_potential_energy(atoms), "forces": inner.get_forces(atoms)}
+
+
 class TestExactHessian:
     def small_cell(self):
         """Two atoms in a cell smaller than the cutoff: every atom meets its own images."""
@@ -228,6 +247,45 @@ class TestExactHessian:
         matrix = exact_hessian(toy, self.small_cell())
         np.testing.assert_allclose(matrix.reshape(2, 3, 2, 3).sum(axis=2), 0, atol=1e-10)
 
+    def test_a_model_is_differentiated_and_a_foreign_calculator_is_not(self, toy):
+        frame = self.small_cell()
+        exact = exact_hessian(toy, frame)
+        for ours in (toy, TlmcCalculator(toy)):
+            np.testing.assert_allclose(hessian(frame, ours), exact, rtol=0, atol=1e-12)
+        # float32 has no say: the energy is differentiated in float64
+        single = toy.to(torch.float32)
+        np.testing.assert_allclose(
+            hessian(frame, TlmcCalculator(single)), exact_hessian(single, frame), rtol=0, atol=1e-12
+        )
+        differences = hessian(frame, TlmcCalculator(toy), 1e-2)
+        assert np.abs(differences - exact).max() > 1e-6
+        np.testing.assert_allclose(hessian(frame, Foreign(toy)), differences, rtol=0, atol=1e-9)
+        with pytest.raises(ConfigError, match="are exact and take no step"):
+            hessian(frame, toy, 1e-3)
+
+    @pytest.mark.parametrize("which", ["molecule", "crystal"])
+    def test_sum_rule_and_modes(self, ani2xt, which):
+        """Kinks of CELU and of the cutoff break the sum rule of differences, in float64, and shift modes."""
+        frame = molecule("CH3CH2OH") if which == "molecule" else dry_ice()
+        frame.rattle(0.02, seed=1)
+        model, n = ani2xt.to(torch.float64), len(frame)
+
+        def broken(matrix):
+            return np.abs(matrix.reshape(n, 3, n, 3).sum(axis=2)).max()
+
+        exact = hessian(frame, model)
+        coarse, fine = (hessian(frame, TlmcCalculator(model), step) for step in (1e-2, 1e-5))
+        assert broken(exact) < 1e-10
+        assert broken(fine) < 1e-6 < 1e-3 < broken(coarse)
+        np.testing.assert_allclose(fine, exact, atol=2e-5)
+        of_exact, of_coarse, of_fine = (normal_modes(frame, matrix).force_constants for matrix in (exact, coarse, fine))
+        np.testing.assert_allclose(of_fine, of_exact, rtol=0, atol=1e-4)
+        assert np.abs(of_coarse - of_exact).max() > 1e-3
+
+    def test_bad_frames_are_named(self, toy):
+        with pytest.raises(DataError, match=r"frame \(H2\): position 1 is \[0.0, nan, 1.0\]"):
+            exact_hessian(toy, Atoms("H2", [(0, 0, 0), (0, np.nan, 1)]))
+
     def test_start_model(self, ani2xt):
         frame = molecule("CH3OH")
         frame.rattle(0.03, seed=1)
@@ -237,7 +295,7 @@ class TestExactHessian:
 
     def test_gamma_phonons_of_dry_ice(self, ani2xt):
         model = ani2xt.to(torch.float64)
-        frame = crystal(["C", "O"], [(0, 0, 0), (0.12, 0.12, 0.12)], spacegroup=205, cellpar=[5.6] * 3 + [90] * 3)
+        frame = dry_ice()
         relaxed(frame, TlmcCalculator(model), fmax=1e-4)
         modes = normal_modes(frame, exact_hessian(model, frame))
         assert len(modes) == 33

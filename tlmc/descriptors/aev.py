@@ -362,10 +362,11 @@ def _triples(
     counts = torch.bincount(centre, minlength=len(species))
     # neighbour number q of a centre with c neighbours is paired with the c - 1 - q that follow it in the list
     last = torch.cumsum(counts, 0)[centre]
-    followers = last - 1 - torch.arange(len(near))
-    first = torch.repeat_interleave(torch.arange(len(near)), followers)
+    places = torch.arange(len(near), device=near.device)
+    followers = last - 1 - places
+    first = torch.repeat_interleave(places, followers)
     start = torch.cumsum(followers, 0) - followers
-    second = first + 1 + torch.arange(len(first)) - start[first]
+    second = first + 1 + torch.arange(len(first), device=near.device) - start[first]
 
     side = species[pairs.neighbour[near]]
     low, high = torch.minimum(side[first], side[second]), torch.maximum(side[first], side[second])
