@@ -49,13 +49,18 @@ def with_exact_celu(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def torchani_ani2x() -> torchani.arch.ANI:
-    """torchani.models.ANI2x() itself; its file is read directly, as the hub's client writes beside what it reads."""
+def ani2x_from_the_mirror():
+    """Let torchani read the published file directly, as the hub's client writes beside what it reads."""
 
     def read(name: str, private: bool) -> dict[str, torch.Tensor]:
         return torch.load(weights_path("ani2x").with_name(name), weights_only=True)
 
-    with mock.patch.object(torchani.models, "_fetch_state_dict", read):
+    return mock.patch.object(torchani.models, "_fetch_state_dict", read)
+
+
+def torchani_ani2x() -> torchani.arch.ANI:
+    """torchani.models.ANI2x() itself."""
+    with ani2x_from_the_mirror():
         return torchani.models.ANI2x()
 
 
