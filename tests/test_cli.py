@@ -331,7 +331,18 @@ class TestFetchAndInfo:
         assert code == 0
         # in full, however narrow the terminal is
         assert ani2xt.fingerprint in text.replace(" ", "")
-        assert "git_revision" in text
+        assert "what it does not know" in text
+        assert "{" not in text
+        code, text, _ = tlmc("-q", "info", start, "--json")
+        assert code == 0
+        facts = json.loads(text)
+        assert facts["model"]["fingerprint"] == ani2xt.fingerprint
+        assert "git_revision" in facts["metadata"]
+
+    def test_info_for_machines(self, tlmc, data):
+        code, text, _ = tlmc("-q", "info", data, "--json")
+        assert code == 0
+        assert json.loads(text)["name"] == Path(data).stem
 
     def test_info_on_the_installation(self, tlmc, tmp_path, monkeypatch):
         monkeypatch.setenv("TLMC_CACHE_DIR", str(tmp_path / "cache"))

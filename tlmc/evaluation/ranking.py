@@ -73,11 +73,11 @@ def packing_energies(
     if wrong:
         raise DataError(f"{dataset.name}: a ranking of {len(dataset)} frames got {', '.join(wrong)}")
     _check_molecules(dataset, molecules)
-    for name, values in columns.items():
-        wrong_frames = np.flatnonzero(~np.isfinite(values))
-        if wrong_frames.size:
-            k = int(wrong_frames[0])
-            raise DataError(f"{dataset.name}: frame {dataset.frame_numbers[k]} has the energy {values[k]} by {name}")
+    for name, energies in columns.items():
+        not_finite = np.flatnonzero(~np.isfinite(energies))
+        if not_finite.size:
+            k = int(not_finite[0])
+            raise DataError(f"{dataset.name}: frame {dataset.frame_numbers[k]} has the energy {energies[k]} by {name}")
     members: defaultdict[str, list[int]] = defaultdict(list)
     for k, group in enumerate(groups):
         members[group or f"frame {dataset.frame_numbers[k]}"].append(k)
