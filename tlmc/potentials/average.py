@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, combinations
 
 import torch
 
@@ -41,8 +41,8 @@ def average(models: Sequence[Potential]) -> Potential:
     Raises
     ------
     ModelError
-        If there are fewer than two, or they differ in start model, elements, members or precision, or their columns
-        come from different descriptors.
+        If there are fewer than two, two are the same, or they differ in start model, elements, members or precision,
+        or their columns come from different descriptors.
     """
     if len(models) < 2:
         raise ModelError(f"a mean needs two models or more, got {len(models)}")
@@ -52,6 +52,9 @@ def average(models: Sequence[Potential]) -> Potential:
             ours, theirs = getattr(first, name), getattr(model, name)
             if ours != theirs:
                 raise ModelError(f"models with different {name.replace('_', ' ')} have no mean: {ours} and {theirs}")
+    for a, b in combinations(range(len(models)), 2):
+        if models[a] == models[b]:
+            raise ModelError(f"models {a + 1} and {b + 1} are one and the same, which would count twice in the mean")
     joint = _side_by_side([model.enrichment for model in models])
     widths = [0 if model.enrichment is None else model.enrichment.n_columns for model in models]
     befores = accumulate(widths[:-1], initial=0)
