@@ -444,7 +444,8 @@ def average(
     """Write the mean of several fine-tuned models as one model, to be used like any other.
 
     Models with other columns err in part independently, so that their mean is often better than either; it costs as
-    much as both.
+    much as both. The mean is one prediction, no committee: it has no spread. Models that were trained on different data
+    are averaged, and named.
 
     [bold]Examples[/bold]
 
@@ -458,7 +459,15 @@ def average(
 
     if output.suffix != ".safetensors":
         raise ConfigError(f"{output} must end in .safetensors, so that it is known as a model file")
-    mean = mean_of([load_model(model)[0] for model in models])
+    loaded = [load_model(model) for model in models]
+    mean = mean_of([potential for potential, _ in loaded])
+    sets = {}
+    for _, metadata in loaded:
+        data = metadata.get("data")
+        if isinstance(data, dict):
+            sets[data.get("hash")] = f"{data.get('name')} ({data.get('frames')} frames)"
+    if len(sets) > 1:
+        err.print(f"[yellow]trained on different data: {escape(', '.join(sets.values()))}[/yellow]", soft_wrap=True)
     save_model(mean, output, {"mean_of": {model: sha256_file(Path(model)) for model in models}})
     out.print(f"mean of {len(models)} models, {mean.members} members: {output}", soft_wrap=True)
 
