@@ -141,3 +141,7 @@ def test_no_record_has_an_equality_that_raises(record, named_tuple):
     else:
         written_by_dataclass = getattr(record.__eq__, "__code__", None)
         assert written_by_dataclass is None or written_by_dataclass.co_filename != "<string>"
+
+
+def test_a_model_prints_on_a_line():
+    assert len(repr(toy_potential())) < 2000

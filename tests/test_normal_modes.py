@@ -392,5 +392,12 @@ class TestDraw:
             sample(normal_modes(water[0], -water[1]), 300.0, 2, rng)
         with pytest.raises(DataError, match=r"the Hessian of 3 atoms must be finite, of shape \(9, 9\); got \(3, 3\)"):
             normal_modes(water[0], np.eye(3))
+        lower = np.tril(water[1])  # half of a matrix, as some programs print it
+        with pytest.raises(DataError, match="H2O: second derivatives must not depend on their order, but the Hessian"):
+            normal_modes(water[0], lower)
+        tilted = water[1] + 1e-3 * np.triu(water[1], 1)
+        np.testing.assert_allclose(
+            normal_modes(water[0], tilted).frequencies, normal_modes(water[0], tilted.T).frequencies, rtol=1e-12
+        )
         with pytest.raises(ConfigError, match="step of a finite difference must be positive, got 0.0"):
             hessian(water[0], EMT(), step=0.0)

@@ -44,7 +44,7 @@ class Potential:
     symbols: tuple[str, ...]
     """Elements with descriptor channels, in the order of those channels."""
     aev: AEVParameters
-    networks: dict[str, tuple[Layer, ...]]
+    networks: dict[str, tuple[Layer, ...]] = field(repr=False)
     """Per element of `symbols`, the affine layers from first to last."""
     self_energies: dict[str, float]
     """Energy of the free atom per element, eV."""

@@ -40,6 +40,9 @@ _LINEAR: Final = 1e-2
 """Length of a rotation about the axis over that about another one, below which a molecule counts as linear. A rotation
 about the axis of a molecule that is bent by rounding only would take a bending mode with it."""
 
+_ASYMMETRY: Final = 0.05
+"""Share of the largest second derivative by which finite differences may depend on the order of differentiation."""
+
 WAVENUMBER: Final = float(units._hbar * 1e10 / np.sqrt(units._e * units._amu) / units.invcm)
 """1/cm per root of eV / (Angstrom^2 u)."""
 
@@ -232,12 +235,19 @@ def normal_modes(frame: Atoms, hessian: FloatArray) -> NormalModes:
     Raises
     ------
     DataError
-        If the Hessian has another shape or is not finite, or as in `rigid_motions`.
+        If the Hessian has another shape, is not finite or far from symmetric, or as in `rigid_motions`.
     """
     n = len(frame)
     hessian = np.asarray(hessian, dtype=np.float64)
     if hessian.shape != (3 * n, 3 * n) or not np.isfinite(hessian).all():
         raise DataError(f"the Hessian of {n} atoms must be finite, of shape ({3 * n}, {3 * n}); got {hessian.shape}")
+    asymmetry, largest = np.abs(hessian - hessian.T).max(), np.abs(hessian).max()
+    if asymmetry > _ASYMMETRY * largest:
+        raise DataError(
+            f"{frame.get_chemical_formula()}: second derivatives must not depend on their order, but the Hessian and its "
+            f"transpose differ by {asymmetry:.3g} of {largest:.3g} eV/Angstrom^2"
+        )
+    hessian = 0.5 * (hessian + hessian.T)
     root = np.repeat(np.sqrt(frame.get_masses()), 3)
     rigid = rigid_motions(frame)
     # the rows of V that belong to no singular value span everything but the rigid motions
