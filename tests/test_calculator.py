@@ -435,6 +435,21 @@ def test_charge_and_unpaired_electrons_are_warned_of_once(toy, caplog, frame, sa
     assert f"H2O is not neutral ({said})" in caplog.text
 
 
+def test_atoms_in_the_hole_below_the_repulsion_are_warned_of_once(ani2xt, caplog):
+    pairs = {distance: Atoms("N2", [(0, 0, 0), (0, 0, distance)]) for distance in (0.75, 0.55, 0.3)}
+    energies = predict(ani2xt, list(pairs.values())).energies
+    assert energies[0] > energies[1] > energies[2]  # what the warning is about
+    assert [record.getMessage() for record in caplog.records] == [
+        "2 of 3 frames hold atoms too close to each other (frame 1: 0.55 A): closer than 0.6 A the descriptor hardly "
+        "sees a neighbour, and energies fall instead of rising"
+    ]
+    caplog.clear()
+    calculator = TlmcCalculator(ani2xt)
+    for frame in pairs.values():
+        calculator.get_potential_energy(frame)
+    assert [record.getMessage()[:28] for record in caplog.records] == ["N2 holds atoms 0.55 A apart:"]
+
+
 def test_neutral_frames_are_silent(toy, caplog):
     predict(toy, USUAL)
     assert not caplog.records

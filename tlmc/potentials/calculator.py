@@ -26,6 +26,9 @@ _NEUTRAL = "the model knows neutral structures without unpaired electrons only, 
 
 OVERLAP = 0.1
 """Distance in Angstrom below which two atoms count as one written twice."""
+CLOSE = 0.6
+"""Distance in Angstrom below which the descriptor sees less and less of a neighbour: repulsion gives way to a hole."""
+_HOLE = f"closer than {CLOSE} A the descriptor hardly sees a neighbour, and energies fall instead of rising"
 
 
 @equal_by_content
@@ -44,13 +47,15 @@ class _Evaluation(NamedTuple):
     energies: NDArray[np.float64]
     forces: NDArray[np.float64]
     stress: NDArray[np.float64] | None
+    closest: float
+    """Smallest distance of two atoms within the cutoff, infinite if there is none."""
 
 
 def predict(model: Potential, frames: Sequence[Atoms], device: str = "cpu") -> Predictions:
     """Return energies, forces and stresses of frames, each evaluated by itself.
 
     Frames that say that they are charged or have unpaired electrons are counted in a warning: the model knows neither,
-    and answers as for the neutral structure.
+    and answers as for the neutral structure. So are frames with atoms closer than `CLOSE`.
 
     Parameters
     ----------
@@ -79,6 +84,13 @@ def predict(model: Potential, frames: Sequence[Atoms], device: str = "cpu") -> P
     if unusual:
         k, said = unusual[0]
         _LOG.warning("%d of %d frames are not neutral (frame %d: %s): %s", len(unusual), len(frames), k, said, _NEUTRAL)
+    close = [(k, result.closest) for k, result in enumerate(results) if result.closest < CLOSE]
+    if close:
+        k, distance = close[0]
+        _LOG.warning(
+            "%d of %d frames hold atoms too close to each other (frame %d: %.2f A): %s",
+            len(close), len(frames), k, distance, _HOLE,
+        )  # fmt: skip
     return Predictions(
         np.array([result.energies.sum() for result in results], dtype=np.float64),
         tuple(result.forces for result in results),
@@ -151,7 +163,8 @@ class TlmcCalculator(Calculator):
     Notes
     -----
     Of a frame that says it is charged or has unpaired electrons (``info["charge"]``, initial charges, magnetic
-    moments) a warning is given, once: the model knows neither, and answers as for the neutral structure.
+    moments) a warning is given, once: the model knows neither, and answers as for the neutral structure. Another one
+    tells, once, of atoms closer than `CLOSE`, where a relaxation or dynamics has fallen into a hole.
 
     ``free_energy`` equals ``energy``. Asking for the stress of a frame that is not periodic in three directions raises
     ASE's ``PropertyNotImplementedError``. Neighbours are kept from step to step (:class:`SkinNeighbours`), and so are
@@ -166,7 +179,7 @@ class TlmcCalculator(Calculator):
         self.device = find_device(device)
         self._find = SkinNeighbours(potential.aev.r_cut_radial)
         self._networks: dict[tuple[int, ...], _ActiveNetworks] = {}
-        self._warned = False
+        self._warned: set[str] = set()
 
     def calculate(
         self,
@@ -178,10 +191,10 @@ class TlmcCalculator(Calculator):
         Calculator.calculate(self, atoms, properties, system_changes)
         frame = cast(Atoms, self.atoms)
         result = _evaluate(self.potential, frame, "frame", self._find, self._networks, self.device)
-        said = _charge_or_spin(frame)
-        if said and not self._warned:
-            self._warned = True
-            _LOG.warning("%s is not neutral (%s): %s", frame.get_chemical_formula(), said, _NEUTRAL)
+        if said := _charge_or_spin(frame):
+            self._warn(f"{frame.get_chemical_formula()} is not neutral ({said})", _NEUTRAL)
+        if result.closest < CLOSE:
+            self._warn(f"{frame.get_chemical_formula()} holds atoms {result.closest:.2f} A apart", _HOLE)
         energy = float(result.energies.sum())
         self.results: dict[str, Any] = {
             "energy": energy,
@@ -191,6 +204,12 @@ class TlmcCalculator(Calculator):
         }
         if result.stress is not None:
             self.results["stress"] = result.stress
+
+    def _warn(self, what: str, why: str) -> None:
+        """Say something about a frame, once for each reason."""
+        if why not in self._warned:
+            self._warned.add(why)
+            _LOG.warning("%s: %s", what, why)
 
 
 class SkinNeighbours:
@@ -301,7 +320,8 @@ def _evaluate(
     if frame.pbc.all():
         stress = (0.5 * (virial + virial.T) / frame.get_volume()).numpy()
         stress = stress[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
-    return _Evaluation((model.scale * output + model.offsets(frame)).numpy(), forces.numpy(), stress)
+    closest = float(terms.distances.min()) if len(terms.distances) else np.inf
+    return _Evaluation((model.scale * output + model.offsets(frame)).numpy(), forces.numpy(), stress, closest)
 
 
 def environment(

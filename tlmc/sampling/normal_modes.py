@@ -244,8 +244,8 @@ def normal_modes(frame: Atoms, hessian: FloatArray) -> NormalModes:
     asymmetry, largest = np.abs(hessian - hessian.T).max(), np.abs(hessian).max()
     if asymmetry > _ASYMMETRY * largest:
         raise DataError(
-            f"{frame.get_chemical_formula()}: second derivatives must not depend on their order, but the Hessian and its "
-            f"transpose differ by {asymmetry:.3g} of {largest:.3g} eV/Angstrom^2"
+            f"{frame.get_chemical_formula()}: second derivatives must not depend on their order, but the Hessian and "
+            f"its transpose differ by {asymmetry:.3g} of {largest:.3g} eV/Angstrom^2"
         )
     hessian = 0.5 * (hessian + hessian.T)
     root = np.repeat(np.sqrt(frame.get_masses()), 3)
