@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from ase.calculators.lj import LennardJones
+from ase.constraints import FixAtoms
 from numpy.random import default_rng
 from scipy import stats
 
@@ -181,6 +182,13 @@ class TestLiveCalculator:
         path.write_text(json.dumps(content))
         with pytest.raises(ConfigError, match="holds no active-learning loop .*a round lacks next_scale"):
             run_loop(learner, pool, config, path=path)
+
+    def test_constraints_do_not_hide_forces(self, data):
+        free, held = data[0].frames[0].copy(), data[0].frames[0].copy()
+        held.set_constraint(FixAtoms(range(len(held))))
+        labels = [CalculatorPool([frame], LennardJones()).label([0]).forces[0] for frame in (free, held)]
+        assert np.abs(labels[0]).max() > 0
+        np.testing.assert_allclose(labels[1], labels[0], rtol=0, atol=1e-12)
 
     def test_labels_of_another_method_are_not_taken(self, data, tmp_path):
         frames = data[0].frames[:1]

@@ -8,6 +8,7 @@ from ase.build import bulk, molecule
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
+from ase.constraints import FixAtoms
 from ase.optimize import BFGS
 from ase.phonons import Phonons
 from ase.spacegroup import crystal
@@ -281,6 +282,23 @@ class TestExactHessian:
         of_exact, of_coarse, of_fine = (normal_modes(frame, matrix).force_constants for matrix in (exact, coarse, fine))
         np.testing.assert_allclose(of_fine, of_exact, rtol=0, atol=1e-4)
         assert np.abs(of_coarse - of_exact).max() > 1e-3
+
+    def test_constraints_do_not_count(self, toy):
+        frame = self.small_cell()
+        free = hessian(frame, TlmcCalculator(toy), 1e-3)
+        frame.set_constraint(FixAtoms([0]))
+        np.testing.assert_allclose(hessian(frame, TlmcCalculator(toy), 1e-3), free, rtol=0, atol=1e-9)
+        assert len(frame.constraints) == 1
+
+    def test_a_calculator_that_adds_to_a_model_is_not_taken_for_it(self, toy):
+        class Stiffer(TlmcCalculator):
+            def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+                super().calculate(atoms, properties, system_changes)
+                self.results = {"energy": 2 * self.results["energy"], "forces": 2 * self.results["forces"]}
+
+        frame = self.small_cell()
+        np.testing.assert_allclose(hessian(frame, Stiffer(toy), 1e-5), 2 * exact_hessian(toy, frame), rtol=0, atol=1e-4)
+        assert np.abs(hessian(frame, Stiffer(toy)) - exact_hessian(toy, frame)).max() > 0.1
 
     def test_bad_frames_are_named(self, toy):
         with pytest.raises(DataError, match=r"frame \(H2\): position 1 is \[0.0, nan, 1.0\]"):

@@ -154,6 +154,7 @@ class CalculatorPool:
             label = self._read(path, frame)
         else:
             copy = frame.copy()
+            copy.set_constraint()  # it would hide the forces on atoms that are held in place
             copy.calc = self.calculator
             energy = float(copy.get_potential_energy())
             label = {"energy": energy, "forces": copy.get_forces().tolist(), "name": self.name}

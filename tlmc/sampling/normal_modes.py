@@ -64,7 +64,7 @@ def hessian(frame: Atoms, calculator: BaseCalculator | Potential, step: float | 
     Parameters
     ----------
     frame
-        ``n_atoms`` atoms, as a rule at rest; it is not changed.
+        ``n_atoms`` atoms, as a rule at rest; it is not changed. Constraints do not count.
     calculator
         A model, or any ASE calculator with forces, which is called ``6 n_atoms`` times.
     step
@@ -85,7 +85,8 @@ def hessian(frame: Atoms, calculator: BaseCalculator | Potential, step: float | 
     ModelError, DataError
         Of a model, as `exact_hessian`.
     """
-    if isinstance(calculator, TlmcCalculator) and step is None:
+    # not of a class derived from it, which may add to the energy
+    if type(calculator) is TlmcCalculator and step is None:
         calculator = calculator.potential
     if isinstance(calculator, Potential):
         if step is not None:
@@ -95,6 +96,8 @@ def hessian(frame: Atoms, calculator: BaseCalculator | Potential, step: float | 
     if not step > 0:
         raise ConfigError(f"the step of a finite difference must be positive, got {step} Angstrom")
     moved = frame.copy()
+    # an atom that is held in place would neither move nor feel a force
+    moved.set_constraint()
     moved.calc = calculator
     rows = []
     for k in range(3 * len(frame)):
