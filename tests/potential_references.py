@@ -49,13 +49,18 @@ def with_exact_celu(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def torchani_ani2x() -> torchani.arch.ANI:
-    """torchani.models.ANI2x() itself; its file is read directly, as the hub's client writes beside what it reads."""
+def ani2x_from_the_mirror():
+    """Let torchani read the published file directly, as the hub's client writes beside what it reads."""
 
     def read(name: str, private: bool) -> dict[str, torch.Tensor]:
         return torch.load(weights_path("ani2x").with_name(name), weights_only=True)
 
-    with mock.patch.object(torchani.models, "_fetch_state_dict", read):
+    return mock.patch.object(torchani.models, "_fetch_state_dict", read)
+
+
+def torchani_ani2x() -> torchani.arch.ANI:
+    """torchani.models.ANI2x() itself."""
+    with ani2x_from_the_mirror():
         return torchani.models.ANI2x()
 
 
@@ -144,4 +149,5 @@ def toy_potential(symbols=("H", "C", "O", "S", "Cl"), members=3, seed=0, dtype=t
         networks={s: tuple(layer(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)) for s in symbols},
         self_energies={s: -10.0 * (k + 1) for k, s in enumerate(symbols)},
         fingerprint="made up",
+        committee=True,
     )

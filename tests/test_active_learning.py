@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
+from ase.calculators.lj import LennardJones
+from ase.constraints import FixAtoms
 from numpy.random import default_rng
 from scipy import stats
 
@@ -14,6 +17,7 @@ from tlmc.evaluation.metrics import evaluate, per_frame
 from tlmc.labelling import method
 from tlmc.sampling import (
     CalculatorPool,
+    CommitteePredictions,
     LabelledPool,
     LastLayerCommittee,
     LoopConfig,
@@ -159,6 +163,62 @@ class TestResume:
 
 
 class TestLiveCalculator:
+    def test_another_learner_or_other_labels_do_not_go_on(self, learner, data, ani2xt, tmp_path):
+        pool, path = LabelledPool(data[0].subset(range(12))), tmp_path / "loop.json"
+        config = LoopConfig("error", max_labels=3)
+        run_loop(learner, pool, config, path=path)
+        other = LastLayerCommittee(ani2xt, "HCO", n_members=4, penalty=1e-3)
+        with pytest.raises(ConfigError, match="holds another loop, with another learner: choose another file"):
+            run_loop(other, pool, config, path=path)
+        relabelled = LabelledPool(dataclasses.replace(pool.dataset, energies=pool.dataset.energies + 1.0))
+        with pytest.raises(ConfigError, match="holds another loop, with another labelling: choose another file"):
+            run_loop(learner, relabelled, config, path=path)
+        # a learner that does not describe itself is taken at its word, and does not make the file forget
+        run_loop(Stopping(learner, 0), pool, config, path=path)
+        with pytest.raises(ConfigError, match="another learner"):
+            run_loop(other, pool, config, path=path)
+        content = json.loads(path.read_text())
+        del content["rounds"][0]["next_scale"]
+        path.write_text(json.dumps(content))
+        with pytest.raises(ConfigError, match="holds no active-learning loop .*a round lacks next_scale"):
+            run_loop(learner, pool, config, path=path)
+
+    def test_constraints_do_not_hide_forces(self, data):
+        free, held = data[0].frames[0].copy(), data[0].frames[0].copy()
+        held.set_constraint(FixAtoms(range(len(held))))
+        labels = [CalculatorPool([frame], LennardJones()).label([0]).forces[0] for frame in (free, held)]
+        assert np.abs(labels[0]).max() > 0
+        np.testing.assert_allclose(labels[1], labels[0], rtol=0, atol=1e-12)
+
+    def test_labels_of_another_method_are_not_taken(self, data, tmp_path):
+        frames = data[0].frames[:1]
+        first = CalculatorPool(frames, LennardJones(), tmp_path, "one")
+        label = first.label([0])
+        assert CalculatorPool(frames, LennardJones(), tmp_path, "one").label([0]).energies == label.energies
+        with pytest.raises(ConfigError, match="holds a label of one, not of two: choose another folder"):
+            CalculatorPool(frames, LennardJones(sigma=2.0), tmp_path, "two").label([0])
+        (path,) = tmp_path.iterdir()
+        for content in ("{", "[]", '{"energy": 1}', '{"energy": 1, "forces": [[0, 0, 0]]}'):
+            path.write_text(content)
+            with pytest.raises(DataError, match=r"\.json holds no label of C2H6O"):
+                CalculatorPool(frames, LennardJones(), tmp_path, "one").label([0])
+            assert path.read_text() == content
+        zeros = [[0.0] * 3] * 9
+        path.write_text(json.dumps({"energy": float("nan"), "forces": zeros}))
+        with pytest.raises(DataError, match="holds a label that is not finite"):
+            CalculatorPool(frames, LennardJones(), tmp_path, "one").label([0])
+        path.write_text(json.dumps({"energy": 1.0, "forces": zeros}))  # of an earlier version
+        assert CalculatorPool(frames, LennardJones(), tmp_path, "one").label([0]).energies == [1.0]
+
+    def test_members_that_say_the_same_are_no_committee(self, learner, data):
+        class Agreeing(Stopping):
+            def predict(self, frames):
+                said = super().predict(frames)
+                return CommitteePredictions(said.energies[[0, 0]], tuple(forces[[0, 0]] for forces in said.forces))
+
+        with pytest.raises(ModelError, match="all members of the committee say the same about the"):
+            run_loop(Agreeing(learner, 9), LabelledPool(data[0].subset(range(12))), LoopConfig())
+
     def test_labels_only_what_is_chosen_and_each_once(self, learner, data, tmp_path):
         gfn2 = method("gfn2-xtb")
         pool = CalculatorPool(data[0].frames, gfn2.make(), tmp_path / "labels", gfn2.name)

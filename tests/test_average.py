@@ -79,6 +79,8 @@ def test_models_that_do_not_belong_together_get_one_sentence():
     model = toy(1, "species")
     with pytest.raises(ModelError, match="a mean needs two models or more, got 1"):
         average([model])
+    with pytest.raises(ModelError, match="models 1 and 3 are one and the same, which would count twice"):
+        average([model, toy(2, "pca"), toy(1, "species")])
     with pytest.raises(ModelError, match="different element map have no mean: {} and {'Si': 'C'}"):
         average([model, relabel(model, {"Si": "C"})])
     with pytest.raises(ModelError, match="different dtype"):

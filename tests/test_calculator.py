@@ -22,8 +22,9 @@ from potential_references import (
 )
 
 from tlmc.descriptors.aev import neighbours
-from tlmc.errors import DataError, ModelError
-from tlmc.potentials import Predictions, TlmcCalculator, energy_spread, member_energies, predict
+from tlmc.descriptors.enrichment import fit_enrichment
+from tlmc.errors import ConfigError, DataError, ModelError
+from tlmc.potentials import Predictions, TlmcCalculator, energy_spread, enrich, member_energies, predict
 from tlmc.potentials.calculator import SkinNeighbours
 from tlmc.reference import ReferenceEnergies
 
@@ -328,9 +329,24 @@ def overlapping() -> Atoms:
     return Atoms("H2O", [(0, 0, 0), (0, 0, 5.02), (0, 2, 0)], cell=(5, 5, 5), pbc=True)
 
 
+def flattened() -> Atoms:
+    return Atoms("H2", [(0, 0, 0), (0, 0, 1)], cell=[(5, 0, 0), (0, 5, 0), (4, 3, 1e-4)], pbc=True)
+
+
+def thin_slab() -> Atoms:
+    return Atoms("H2", [(0, 0, 0), (0, 0, 1)], cell=[(5, 0, 0), (1, 1e-3, 0), (0, 0, 5)], pbc=(True, True, False))
+
+
+def nothing() -> Atoms:
+    return Atoms(cell=(5, 5, 5), pbc=True)
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
+        (flattened, r"frame 1 \(H2\): the cell .* is only 0.0001 A high"),
+        (thin_slab, r"frame 1 \(H2\): the cell .* is only 0.001 A high"),
+        (nothing, "frame 1 has no atoms"),
         (periodic_without_cell, r"frame 1 \(H2\): periodic in 3 directions, but the cell .* spans 0"),
         (flat_cell, r"frame 1 \(H2\): periodic in 3 directions, but the cell .* spans 2"),
         (not_a_number, r"frame 1 \(H2\): position 1 is \[0.0, nan, 1.0\]"),
@@ -378,3 +394,102 @@ def test_neighbours_are_reused_within_the_skin_and_exact():
         frame.positions[0] += 0.05
         np.testing.assert_allclose(frame.get_forces(), predict(model, [frame]).forces[0], atol=1e-10)
     assert frame.calc._find.builds == 1
+
+
+def charged(**changes) -> Atoms:
+    frame = Atoms("H2O", [(0, 0, 0), (0.96, 0, 0), (0.96, 0.96, 0)][::-1])
+    frame.info.update(changes.pop("info", {}))
+    for name, values in changes.items():
+        getattr(frame, f"set_{name}")(values)
+    return frame
+
+
+UNUSUAL = [
+    (charged(info={"charge": -1}), "charge -1"),
+    (charged(info={"charge": "1"}), "charge 1"),
+    (charged(info={"total_charge": np.float64(2.0)}), "total_charge 2"),
+    (charged(info={"spin_multiplicity": 3}), "spin_multiplicity 3"),
+    (charged(initial_charges=[0.6, 0.6, -0.2]), "initial charges add up to 1"),
+    (charged(initial_magnetic_moments=[0, 0, 1.0]), "initial magnetic moments add up to 1"),
+]
+USUAL = [
+    charged(),
+    charged(info={"charge": 0, "multiplicity": 1}),
+    charged(info={"charge": "unknown"}),
+    charged(info={"charge": [0.4, 0.4, -0.8]}),
+    charged(info={"charge": float("nan")}),
+    charged(initial_charges=[0.42, 0.42, -0.83]),
+]
+
+
+@pytest.mark.parametrize(("frame", "said"), UNUSUAL, ids=[said for _, said in UNUSUAL])
+def test_charge_and_unpaired_electrons_are_warned_of_once(toy, caplog, frame, said):
+    predict(toy, [*USUAL, frame, frame])
+    assert [record.getMessage() for record in caplog.records] == [
+        f"2 of 8 frames are not neutral (frame 6: {said}): the model knows neutral structures without unpaired "
+        "electrons only, and answers as for such a one"
+    ]
+    caplog.clear()
+    calculator = TlmcCalculator(toy)
+    for k in range(3):
+        moved = frame.copy()
+        moved.positions[0, 0] += 0.1 * k
+        calculator.get_potential_energy(moved)
+    assert len(caplog.records) == 1
+    assert f"H2O is not neutral ({said})" in caplog.text
+
+
+def test_atoms_in_the_hole_below_the_repulsion_are_warned_of_once(ani2xt, caplog):
+    pairs = {distance: Atoms("N2", [(0, 0, 0), (0, 0, distance)]) for distance in (0.75, 0.55, 0.3)}
+    energies = predict(ani2xt, list(pairs.values())).energies
+    assert energies[0] > energies[1] > energies[2]  # what the warning is about
+    assert [record.getMessage() for record in caplog.records] == [
+        "2 of 3 frames hold atoms too close to each other (frame 1: 0.55 A): closer than 0.6 A the descriptor hardly "
+        "sees a neighbour, and energies fall instead of rising"
+    ]
+    caplog.clear()
+    calculator = TlmcCalculator(ani2xt)
+    for frame in pairs.values():
+        calculator.get_potential_energy(frame)
+    assert [record.getMessage()[:28] for record in caplog.records] == ["N2 holds atoms 0.55 A apart:"]
+
+
+def test_neutral_frames_are_silent(toy, caplog):
+    predict(toy, USUAL)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["gpu", "mps", "cuda:77", ""])
+def test_a_device_that_is_not_there_is_named(toy, name):
+    for ask in (lambda: TlmcCalculator(toy, name), lambda: predict(toy, [METHANE], device=name)):
+        with pytest.raises(ConfigError, match="must be cpu, cuda or cuda:N, got|device 'cuda:77' is not there"):
+            ask()
+
+
+def test_the_processor_is_the_default(toy):
+    assert TlmcCalculator(toy).device == TlmcCalculator(toy, "cpu").device == torch.device("cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+@pytest.mark.parametrize("richer", [False, True])
+def test_a_gpu_gives_the_same_to_rounding(toy, richer):
+    frames = [ethanol(), short_cell(), METHANE]
+    model = toy
+    if richer:
+        model = enrich(toy, fit_enrichment(frames, "soap", {"r_cut": 4.0, "n_max": 3, "l_max": 2}))
+        generator = torch.Generator().manual_seed(1)
+        for first, *_ in model.networks.values():
+            own = first.weight[:, toy.n_columns :]
+            own.copy_(0.1 * torch.randn(own.shape, generator=generator, dtype=own.dtype))
+    host, gpu = predict(model, frames), predict(model, frames, device="cuda")
+    np.testing.assert_allclose(gpu.energies, host.energies, rtol=0, atol=1e-9)
+    for ours, theirs in zip(gpu.forces, host.forces, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(gpu.stresses[1], host.stresses[1], rtol=0, atol=1e-11)
+    calculator = TlmcCalculator(model, device="cuda")
+    moved = short_cell()
+    for k in range(3):  # the kept neighbours, too
+        moved.rattle(0.01, seed=k)
+        np.testing.assert_allclose(calculator.get_forces(moved), predict(model, [moved]).forces[0], rtol=0, atol=1e-9)
+    single = predict(model.to(torch.float32), frames, device="cuda")
+    np.testing.assert_allclose(single.forces[1], host.forces[1], rtol=0, atol=1e-4)

@@ -97,3 +97,32 @@ def test_failed_write_keeps_the_old_file(tmp_path):
         save_model(broken, path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_wrong_contents_get_one_sentence(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_model(model(), path)
+    tensors, description = load_tensors(path)
+
+    def refused(sentence, change_tensors=None, **changes):
+        save_tensors(path, tensors | (change_tensors or {}), description | changes)
+        with pytest.raises(ModelError, match=sentence):
+            load_model(path)
+
+    refused(
+        r"lacks a part of the model or holds a wrong one: C.0.weight is .* not", {"C.0.weight": torch.zeros(3, 4, 12)}
+    )
+    refused("C.1.bias is .* not", {"C.1.bias": torch.zeros(3, 1, 9)})
+    refused("C.1.bias is .*float64, not .*float32", {"C.1.bias": torch.zeros(3, 1, 10, dtype=torch.float64)})
+    bias = tensors["O.2.bias"].clone()
+    bias[0, 0, 0] = torch.nan
+    refused("O.2.bias holds values that are not finite", {"O.2.bias": bias})
+    refused("lacks a part of the model or holds a wrong one", metadata=3)
+    refused("lacks a part of the model or holds a wrong one", versions=None)
+    refused("lacks a part of the model or holds a wrong one", model=["x"])
+    del description["git_revision"]
+    refused("lacks a part of the model or holds a wrong one: 'git_revision'")
+    for content in ([1], 3, "x"):
+        save_tensors(path, tensors, content)
+        with pytest.raises(ModelError, match="is a safetensors file, but not one that tlmc wrote"):
+            load_model(path)

@@ -25,9 +25,10 @@ from tlmc import cli
 from tlmc.datasets import load_dataset
 from tlmc.evaluation.records import read_records
 from tlmc.peer import PeerExperiment
+from tlmc.potentials import scratch
 from tlmc.potentials.calculator import predict
 from tlmc.splits import split_dataset
-from tlmc.training.checkpoint import load_model
+from tlmc.training.checkpoint import load_model, save_model
 from tlmc.training.finetune import RECIPES
 
 N_FRAMES = 20
@@ -248,16 +249,30 @@ class TestEvaluate:
         assert content["metrics"]["energy_rmse_per_atom"]["value"] < 1e-4
         assert len(pd.read_csv("result/per_frame.csv")) == 2
 
+    def test_models_trained_on_different_data_are_named_when_averaged(self, tlmc, start, ani2xt):
+        for k, (name, model) in enumerate((("one", ani2xt), ("two", scratch(ani2xt, seed=1)))):
+            save_model(model, f"{name}.safetensors", {"data": {"name": name, "hash": str(k), "frames": 3}})
+        code, _, error = tlmc("-q", "average", "one.safetensors", "two.safetensors", "-o", "mean.safetensors")
+        assert code == 0
+        assert "trained on different data: one (3 frames), two (3 frames)" in error
+        code, _, error = tlmc("-q", "average", "one.safetensors", "one.safetensors", "-o", "twice.safetensors")
+        assert code == 2
+        assert "models 1 and 2 are one and the same" in error
+        assert not Path("twice.safetensors").exists()
+
     def test_the_mean_of_two_runs_is_a_model_with_errors_on_record(self, tlmc, data, start, monkeypatch):
         monkeypatch.setenv("TLMC_REPORTS_DIR", str(data.parent / "reports"))
         settings = ("--start-model", start, "--epochs", 1)
         for run, rate in (("one", 1e-4), ("two", 1e-3)):
             assert tlmc("-q", "finetune", data, *settings, "--lr", rate, "--run-dir", run)[0] == 0
-        code, text, _ = tlmc(
+        code, text, error = tlmc(
             "-q", "average", "one/model.safetensors", "two/model.safetensors", "-o", "mean.safetensors"
         )
         assert code == 0
         assert "mean of 2 models" in text
+        assert "different data" not in error
+        code, text, _ = tlmc("-q", "info", "mean.safetensors")
+        assert "the mean of 2 models fine-tuned from" in text
         model, metadata = load_model("mean.safetensors")
         assert model.members == 2 * load_model("one/model.safetensors")[0].members
         assert list(metadata["mean_of"]) == ["one/model.safetensors", "two/model.safetensors"]
@@ -331,7 +346,18 @@ class TestFetchAndInfo:
         assert code == 0
         # in full, however narrow the terminal is
         assert ani2xt.fingerprint in text.replace(" ", "")
-        assert "git_revision" in text
+        assert "what it does not know" in text
+        assert "{" not in text
+        code, text, _ = tlmc("-q", "info", start, "--json")
+        assert code == 0
+        facts = json.loads(text)
+        assert facts["model"]["fingerprint"] == ani2xt.fingerprint
+        assert "git_revision" in facts["metadata"]
+
+    def test_info_for_machines(self, tlmc, data):
+        code, text, _ = tlmc("-q", "info", data, "--json")
+        assert code == 0
+        assert json.loads(text)["name"] == Path(data).stem
 
     def test_info_on_the_installation(self, tlmc, tmp_path, monkeypatch):
         monkeypatch.setenv("TLMC_CACHE_DIR", str(tmp_path / "cache"))

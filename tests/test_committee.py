@@ -1,19 +1,25 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.build import molecule
+from ase.calculators.singlepoint import SinglePointCalculator
 from numpy.random import default_rng
 from potential_references import toy_potential
 from scipy.optimize import minimize
 from scipy.stats import norm, spearmanr
 
-from tlmc.datasets import load_dataset
+from tlmc.datasets import dataset_from_frames, load_dataset
+from tlmc.descriptors.enrichment import fit_enrichment
 from tlmc.errors import ConfigError, DataError, ModelError
 from tlmc.evaluation.metrics import evaluate
-from tlmc.potentials import energy_spread, predict
-from tlmc.reference import fit_reference
+from tlmc.potentials import Layer, average, energy_spread, enrich, extend, predict, relabel, scratch
+from tlmc.potentials.transfer import first_members
+from tlmc.reference import ReferenceEnergies, fit_reference
 from tlmc.sampling import (
     CommitteePredictions,
     LastLayerCommittee,
@@ -27,6 +33,22 @@ from tlmc.sampling import (
     predict_committee,
     reliability,
 )
+from tlmc.splits import split_dataset
+from tlmc.training.checkpoint import load_model, load_tensors, save_model, save_tensors
+from tlmc.training.finetune import finetune, recipe
+
+
+def labelled(n_frames: int):
+    """Molecules with labels of another potential."""
+    drawn = []
+    teacher = toy_potential(members=1, seed=9)
+    for k in range(n_frames):
+        frame = molecule(("CH3OH", "H2O", "CO2")[k % 3])
+        frame.rattle(0.05, seed=k)
+        said = predict(teacher, [frame])
+        frame.calc = SinglePointCalculator(frame, energy=said.energies[0], forces=said.forces[0])
+        drawn.append(frame)
+    return dataset_from_frames(drawn, name="toy", source="memory")
 
 
 def frames() -> list[Atoms]:
@@ -75,6 +97,12 @@ class TestCommittee:
         np.testing.assert_allclose(said.energies[2], predict(other, frames()).energies)
         with pytest.raises(ModelError, match="a committee needs members, got none"):
             predict_committee([], frames())
+
+    def test_one_model_twice_cannot_disagree(self, toy):
+        copy = dataclasses.replace(toy, networks={s: tuple(layers) for s, layers in toy.networks.items()})
+        other = toy_potential(members=4, seed=7)
+        with pytest.raises(ModelError, match="models 0 and 2 of the committee are one and the same"):
+            predict_committee([toy, other, copy], frames())
 
     def test_spreads(self):
         rng = default_rng(1)
@@ -202,6 +230,97 @@ def residuals(dataset, said):
     spread = np.concatenate([np.repeat(s / np.sqrt(3), 3) for s in said.force_spread()])
     frame = np.repeat(np.arange(len(dataset)), 3 * dataset.n_atoms)
     return (energy, said.energy_spread_per_atom(), np.arange(len(dataset))), (force, spread, frame)
+
+
+@pytest.fixture(scope="module")
+def tuned(toy, tmp_path_factory):
+    data = labelled(12)
+    folder = tmp_path_factory.mktemp("run")
+    result = finetune(toy, data, split_dataset(data, seed=0), recipe("short", epochs=2, lr=3e-3), folder)
+    return result.potential, folder / "model.safetensors"
+
+
+class TestFineTunedEnsembles:
+    """Their loss sees the mean, so that the members drift apart where nothing is wrong: no committee."""
+
+    NO_COMMITTEE = "4 members of this model, which descends from toy.*, are no committee: .* only their mean"
+
+    def refuse(self, model):
+        assert not model.committee
+        for ask in (
+            lambda: energy_spread(model, frames()),
+            lambda: predict_committee(model, frames()),
+            lambda: members(model),
+            lambda: first_members(model, 2),
+        ):
+            with pytest.raises(ModelError, match=self.NO_COMMITTEE):
+                ask()
+        # the mean is a model like any other
+        assert np.isfinite(predict(model, frames()).energies).all()
+
+    def test_result_checkpoint_and_what_is_made_of_them(self, tuned, tmp_path):
+        model, path = tuned
+        self.refuse(model)
+        stored, _ = load_model(path)
+        self.refuse(stored)
+        save_model(relabel(stored, {"Si": "C"}), tmp_path / "again.safetensors")
+        self.refuse(load_model(tmp_path / "again.safetensors")[0])
+        soap = fit_enrichment(frames(), "soap", {"r_cut": 3.0, "n_max": 2, "l_max": 2})
+        for changed in (extend(stored, {"Si": "C"}), enrich(stored, soap), stored.with_reference(None)):
+            self.refuse(changed)
+        self.refuse(stored.to(torch.float64))
+
+    def test_fine_tuning_again_with_fewer_members(self, tuned):
+        data = labelled(12)
+        with pytest.raises(ModelError, match=self.NO_COMMITTEE):
+            finetune(tuned[0], data, split_dataset(data, seed=0), recipe("short", epochs=1, members=2))
+
+    def test_models_trained_one_by_one_are_one(self, tuned, toy):
+        other = dataclasses.replace(
+            tuned[0], networks={s: tuple(Layer(1.01 * w, b) for w, b in layers) for s, layers in toy.networks.items()}
+        )
+        said = predict_committee([tuned[0], other], frames())
+        assert said.n_members == 2
+        assert (said.rho() > 0).all()
+        np.testing.assert_allclose(said.energies[0], predict(tuned[0], frames()).energies, rtol=1e-12)
+
+    def test_a_mean_of_models(self, toy):
+        with pytest.raises(ModelError, match="8 members of this model, which descends from toy, are no committee"):
+            energy_spread(average([toy, toy_potential(members=4, seed=3)]), frames())
+
+    def test_random_weights(self, toy):
+        self.refuse(scratch(toy, seed=1))
+
+    def test_a_file_without_the_mark(self, toy, tmp_path):
+        save_model(toy, tmp_path / "model.safetensors")
+        assert load_model(tmp_path / "model.safetensors")[0].committee
+        tensors, description = load_tensors(tmp_path / "model.safetensors")
+        for mark in (None, "yes", 1, False):
+            description["model"]["committee"] = mark
+            if mark is None:
+                del description["model"]["committee"]
+            save_tensors(tmp_path / "old.safetensors", tensors, description)
+            self.refuse(load_model(tmp_path / "old.safetensors")[0])
+
+    def test_published_weights_stay_one(self, toy):
+        soap = fit_enrichment(frames(), "soap", {"r_cut": 3.0, "n_max": 2, "l_max": 2})
+        reference = ReferenceEnergies({"H": 0.1, "C": -0.2, "O": 0.3}, "per_element")
+        for model in (
+            relabel(toy, {"Si": "C"}),
+            extend(toy, {"Si": "C"}),
+            enrich(toy, soap),
+            toy.with_reference(reference),
+            first_members(toy, 3),
+            toy.to(torch.float32),
+        ):
+            np.testing.assert_allclose(
+                predict_committee(model, frames()).rho(), energy_spread(model, frames()), rtol=1e-3
+            )
+
+    @pytest.mark.needs_mirror
+    def test_start_models(self, ani2x, ani2xt):
+        assert ani2x.committee
+        assert not ani2xt.committee
 
 
 class TestCoverageOnRealData:

@@ -46,3 +46,15 @@ def test_wrong_sets_are_refused(frames):
     frames.frames[3].pbc = False
     with pytest.raises(DataError, match="defined for crystals only"):
         error_against_equilibrium(frames.subset([3]), answers, frames)
+
+
+def test_frames_of_another_set_or_compound_are_refused(frames):
+    answers = predictions(frames.energies[3:], frames.forces[3:])
+    moved = dataclasses.replace(frames, frames=tuple(frame.copy() for frame in frames.frames))
+    moved.frames[3].positions[0, 1] += 0.1
+    with pytest.raises(DataError, match="toy: frame 9 is not frame 9 of toy"):
+        error_against_equilibrium(frames.subset([3]), answers, moved)
+    mixed = dataset(["H2O", "H2O", "H2O2"], [-9.0, -9.6, -99.0], [np.zeros((n, 3)) for n in (3, 3, 4)])
+    answers = predictions(mixed.energies[:1], mixed.forces[:1])
+    with pytest.raises(DataError, match="frame 2 is HO, the first one H2O: energies per atom of different"):
+        error_against_equilibrium(mixed.subset([0]), answers, mixed)

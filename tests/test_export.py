@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,14 +10,29 @@ from ase.build import molecule
 from ase.units import Hartree
 from potential_references import (
     METHANE,
+    ani2x_from_the_mirror,
     torchani_ani2x,
     torchani_energy_and_forces,
     toy_potential,
     with_exact_celu,
 )
 
-from tlmc.potentials import THESIS_DONORS, export_state_dict, predict, relabel, scratch, to_torchani
+from tlmc.descriptors.enrichment import fit_enrichment
+from tlmc.errors import ModelError
+from tlmc.potentials import (
+    THESIS_DONORS,
+    Layer,
+    average,
+    enrich,
+    export_state_dict,
+    extend,
+    predict,
+    relabel,
+    scratch,
+    to_torchani,
+)
 from tlmc.potentials.pretrained import parameter_fingerprint
+from tlmc.potentials.transfer import first_members
 from tlmc.reference import ReferenceEnergies
 
 
@@ -127,3 +144,76 @@ def test_double_precision_export_is_exact(ani2x):
     exported = with_exact_celu(to_torchani(model))
     for frame in (METHANE, formaldehyde_crystal()):
         assert_same(model, exported, frame, rtol=1e-11)
+
+
+def loaded_as_told(model, told):
+    """Run the lines that the export returned, with the file that torchani would download."""
+    names = {"model": scratch(model, seed=9)}
+    with ani2x_from_the_mirror():
+        exec(told, names)  # our own text, about a file of ours
+    return names["network"]
+
+
+def nudged(model):
+    """Every member's weights a little off, and a reference, as after a fine-tuning."""
+    noise = scratch(model, seed=1)
+    networks = {
+        symbol: tuple(
+            Layer(start.weight + 0.05 * layer.weight, start.bias + 0.05 * layer.bias)
+            for layer, start in zip(layers, model.networks[symbol], strict=True)
+        )
+        for symbol, layers in noise.networks.items()
+    }
+    offsets = {symbol: 0.5 * k for k, symbol in enumerate(model.elements)}
+    tuned = dataclasses.replace(model, networks=networks, committee=False)
+    return tuned.with_reference(ReferenceEnergies(offsets, "per_element"))
+
+
+@pytest.mark.needs_mirror
+@pytest.mark.parametrize(
+    ("members", "precision"), [(1, torch.float32), (2, torch.float32), (5, torch.float64), (8, torch.float64)]
+)
+def test_any_number_of_members_loads_into_torchani_as_told(ani2x, tmp_path, members, precision):
+    model = nudged(first_members(ani2x, members)).to(precision)
+    told = export_state_dict(model, tmp_path / "model.pt")
+    assert "to_torchani" not in told
+    network = loaded_as_told(model, told)
+    assert len(getattr(network.neural_networks, "members", [None])) == members
+    for frame in (METHANE, formaldehyde_crystal()):
+        assert_same(model, network, frame, rtol=5e-6 if precision == torch.float32 else 1e-7)
+    # the same in float64: what is left is the float32 of the self energies in the file
+    exact = with_exact_celu(network.to(torch.float64))
+    for frame in (METHANE, formaldehyde_crystal()):
+        assert_same(model.to(torch.float64), exact, frame, rtol=1e-7 if precision == torch.float32 else 1e-11)
+    if members not in (1, 8):
+        with pytest.raises(RuntimeError, match="Missing key"):
+            torchani_ani2x().load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+
+
+@pytest.mark.needs_mirror
+@pytest.mark.parametrize("way", [relabel, extend])
+def test_other_elements_load_into_what_to_torchani_makes(ani2x, tmp_path, way):
+    model = nudged(way(first_members(ani2x, 2), {"Si": "C"})).to(torch.float64)
+    told = export_state_dict(model, tmp_path / "model.pt")
+    assert "to_torchani(model)" in told
+    network = with_exact_celu(loaded_as_told(model, told))
+    for frame in (METHANE, molecule("SiH4")):
+        assert_same(model, network, frame, rtol=1e-9)
+    with pytest.raises(RuntimeError, match="size mismatch|Unexpected key|Missing key"):
+        torchani_ani2x().load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+
+
+def test_means_and_other_models_load_as_told(ani2xt, tmp_path):
+    single = nudged(ani2xt).to(torch.float64)
+    for model in (single, average([single, ani2xt.to(torch.float64).with_reference(single.reference)])):
+        told = export_state_dict(model, tmp_path / "model.pt")
+        assert "to_torchani(model)" in told
+        for frame in (METHANE, formaldehyde_crystal()):
+            assert_same(model, with_exact_celu(loaded_as_told(model, told)), frame, rtol=1e-9)
+
+
+def test_richer_columns_are_refused_and_nothing_is_written(tmp_path):
+    soap = fit_enrichment([METHANE], "soap", {"r_cut": 3.0, "n_max": 2, "l_max": 2})
+    with pytest.raises(ModelError, match="torchani knows nothing of the soap columns of this model: keep it as"):
+        export_state_dict(enrich(toy_potential(), soap), tmp_path / "model.pt")
+    assert not list(tmp_path.iterdir())

@@ -8,6 +8,7 @@ from ase.build import bulk, molecule
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
+from ase.constraints import FixAtoms
 from ase.optimize import BFGS
 from ase.phonons import Phonons
 from ase.spacegroup import crystal
@@ -209,6 +210,25 @@ def toy():
     return toy_potential()
 
 
+def dry_ice() -> Atoms:
+    return crystal(["C", "O"], [(0, 0, 0), (0.12, 0.12, 0.12)], spacegroup=205, cellpar=[5.6] * 3 + [90] * 3)
+
+
+class Foreign(Calculator):
+    """A calculator of which nothing is known but energy and forces."""
+
+    implemented_properties = ("energy", "forces")
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+        super().calculate(atoms, properties, system_changes)
+        inner = TlmcCalculator(self.model)
+        self.results = {"energy": inner.get_potential_energy(atoms), "forces": inner.get_forces(atoms)}
+
+
 class TestExactHessian:
     def small_cell(self):
         """Two atoms in a cell smaller than the cutoff: every atom meets its own images."""
@@ -228,6 +248,62 @@ class TestExactHessian:
         matrix = exact_hessian(toy, self.small_cell())
         np.testing.assert_allclose(matrix.reshape(2, 3, 2, 3).sum(axis=2), 0, atol=1e-10)
 
+    def test_a_model_is_differentiated_and_a_foreign_calculator_is_not(self, toy):
+        frame = self.small_cell()
+        exact = exact_hessian(toy, frame)
+        for ours in (toy, TlmcCalculator(toy)):
+            np.testing.assert_allclose(hessian(frame, ours), exact, rtol=0, atol=1e-12)
+        # float32 has no say: the energy is differentiated in float64
+        single = toy.to(torch.float32)
+        np.testing.assert_allclose(
+            hessian(frame, TlmcCalculator(single)), exact_hessian(single, frame), rtol=0, atol=1e-12
+        )
+        differences = hessian(frame, TlmcCalculator(toy), 1e-2)
+        assert np.abs(differences - exact).max() > 1e-6
+        np.testing.assert_allclose(hessian(frame, Foreign(toy)), differences, rtol=0, atol=1e-9)
+        with pytest.raises(ConfigError, match="are exact and take no step"):
+            hessian(frame, toy, 1e-3)
+
+    @pytest.mark.parametrize("which", ["molecule", "crystal"])
+    def test_sum_rule_and_modes(self, ani2xt, which):
+        """Kinks of CELU and of the cutoff break the sum rule of differences, in float64, and shift modes."""
+        frame = molecule("CH3CH2OH") if which == "molecule" else dry_ice()
+        frame.rattle(0.02, seed=1)
+        model, n = ani2xt.to(torch.float64), len(frame)
+
+        def broken(matrix):
+            return np.abs(matrix.reshape(n, 3, n, 3).sum(axis=2)).max()
+
+        exact = hessian(frame, model)
+        coarse, fine = (hessian(frame, TlmcCalculator(model), step) for step in (1e-2, 1e-5))
+        assert broken(exact) < 1e-10
+        assert broken(fine) < 1e-6 < 1e-3 < broken(coarse)
+        np.testing.assert_allclose(fine, exact, atol=2e-5)
+        of_exact, of_coarse, of_fine = (normal_modes(frame, matrix).force_constants for matrix in (exact, coarse, fine))
+        np.testing.assert_allclose(of_fine, of_exact, rtol=0, atol=1e-4)
+        assert np.abs(of_coarse - of_exact).max() > 1e-3
+
+    def test_constraints_do_not_count(self, toy):
+        frame = self.small_cell()
+        free = hessian(frame, TlmcCalculator(toy), 1e-3)
+        frame.set_constraint(FixAtoms([0]))
+        np.testing.assert_allclose(hessian(frame, TlmcCalculator(toy), 1e-3), free, rtol=0, atol=1e-9)
+        assert len(frame.constraints) == 1
+
+    def test_a_calculator_that_adds_to_a_model_is_not_taken_for_it(self, toy):
+        class Stiffer(TlmcCalculator):
+            def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+                super().calculate(atoms, properties, system_changes)
+                self.results = {"energy": 2 * self.results["energy"], "forces": 2 * self.results["forces"]}
+
+        frame = self.small_cell()
+        np.testing.assert_allclose(hessian(frame, Stiffer(toy), 1e-5), 2 * exact_hessian(toy, frame), rtol=0, atol=1e-4)
+        assert np.abs(hessian(frame, Stiffer(toy)) - exact_hessian(toy, frame)).max() > 0.1
+
+    def test_bad_frames_are_named(self, toy):
+        with pytest.raises(DataError, match=r"frame \(H2\): position 1 is \[0.0, nan, 1.0\]"):
+            exact_hessian(toy, Atoms("H2", [(0, 0, 0), (0, np.nan, 1)]))
+
     def test_start_model(self, ani2xt):
         frame = molecule("CH3OH")
         frame.rattle(0.03, seed=1)
@@ -237,7 +313,7 @@ class TestExactHessian:
 
     def test_gamma_phonons_of_dry_ice(self, ani2xt):
         model = ani2xt.to(torch.float64)
-        frame = crystal(["C", "O"], [(0, 0, 0), (0.12, 0.12, 0.12)], spacegroup=205, cellpar=[5.6] * 3 + [90] * 3)
+        frame = dry_ice()
         relaxed(frame, TlmcCalculator(model), fmax=1e-4)
         modes = normal_modes(frame, exact_hessian(model, frame))
         assert len(modes) == 33
@@ -334,5 +410,12 @@ class TestDraw:
             sample(normal_modes(water[0], -water[1]), 300.0, 2, rng)
         with pytest.raises(DataError, match=r"the Hessian of 3 atoms must be finite, of shape \(9, 9\); got \(3, 3\)"):
             normal_modes(water[0], np.eye(3))
+        lower = np.tril(water[1])  # half of a matrix, as some programs print it
+        with pytest.raises(DataError, match="H2O: second derivatives must not depend on their order, but the Hessian"):
+            normal_modes(water[0], lower)
+        tilted = water[1] + 1e-3 * np.triu(water[1], 1)
+        np.testing.assert_allclose(
+            normal_modes(water[0], tilted).frequencies, normal_modes(water[0], tilted.T).frequencies, rtol=1e-12
+        )
         with pytest.raises(ConfigError, match="step of a finite difference must be positive, got 0.0"):
             hessian(water[0], EMT(), step=0.0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from labelled import dataset, predictions
 
-from tlmc.errors import DataError
+from tlmc.errors import ConfigError, DataError
 from tlmc.evaluation import packing_energies, ranking_table
 
 PER_MOLECULE = [-10.0, -9.8, -9.7, -9.9, -10.3, -9.6]
@@ -72,3 +72,28 @@ def test_what_cannot_be_ranked_is_refused(labels):
     flat = packing_energies(labels, {"m": answers(labels, np.ones(6))}, MOLECULES, GROUPS)
     with pytest.raises(DataError, match="energies of 4 packings by m or their labels are all equal"):
         ranking_table(flat)
+
+
+def test_what_cannot_be_ranked_is_named(labels):
+    same = {"m": answers(labels, np.array(PER_MOLECULE))}
+    with pytest.raises(DataError, match="toy: frame 1 is made of H4 O2, the first one of H2 O1: energies per molecule"):
+        packing_energies(labels, same, np.ones(6), GROUPS)
+    for wrong in (0.0, -1.0, np.nan):
+        with pytest.raises(DataError, match="toy: frame 7 cannot consist of"):
+            packing_energies(labels, same, [*MOLECULES[:4], wrong, 1], GROUPS)
+    gone = np.array(PER_MOLECULE)
+    gone[5] = np.nan
+    with pytest.raises(DataError, match="toy: frame 9 has the energy nan by m"):
+        packing_energies(labels, {"m": answers(labels, gone)}, MOLECULES, GROUPS)
+    with pytest.raises(ConfigError, match="represent must be mean or lowest, got 'median'"):
+        packing_energies(labels, same, MOLECULES, GROUPS, "median")
+    table = packing_energies(labels, same, MOLECULES, GROUPS)
+    table.loc["c", "m"] = np.nan
+    with pytest.raises(DataError, match="energies of 4 packings by m or their labels are not all finite"):
+        ranking_table(table)
+
+
+def test_crystals_of_two_compounds_have_no_order():
+    two = dataset(["H2O", "CH4"], [-10.0, -11.0], [np.zeros((3, 3)), np.zeros((5, 3))])
+    with pytest.raises(DataError, match="frame 1 is made of C1 H4, the first one of H2 O1"):
+        packing_energies(two, {"m": predictions(two.energies, two.forces)}, [1, 1], ["", ""])

@@ -196,7 +196,9 @@ def test_scratch_draws_everything_with_standard_deviation_a_tenth():
     assert abs(drawn.std() - 0.1) < 5 * 0.1 / (2 * n) ** 0.5
     assert not (drawn == start).any()
     assert fresh.reference is None
-    kept = [field.name for field in dataclasses.fields(model) if field.name not in ("networks", "reference")]
+    assert not fresh.committee
+    gone = ("networks", "reference", "committee")
+    kept = [field.name for field in dataclasses.fields(model) if field.name not in gone]
     assert all(getattr(fresh, name) == getattr(model, name) for name in kept)
 
 

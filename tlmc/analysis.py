@@ -15,6 +15,7 @@ from ase import Atoms, units
 from numpy.typing import ArrayLike, NDArray
 
 from tlmc.descriptors.soap import SOAP
+from tlmc.equality import equal_by_content
 from tlmc.errors import DataError
 from tlmc.geometry import contacts, element_counts
 from tlmc.labelled import Dataset
@@ -277,6 +278,7 @@ def averaged_soap(frames: Sequence[Atoms], r_cut: float = 5.0, n_max: int = 4, l
     return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), dtype=np.float64)
 
 
+@equal_by_content
 class DescriptorMap(NamedTuple):
     """Principal components of one descriptor vector per frame."""
 

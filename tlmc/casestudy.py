@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from tlmc import plots
 from tlmc.analysis import packings
 from tlmc.datasets import load_dataset
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError
 from tlmc.evaluation.comparison import REFITTED, START, refit_offset
 from tlmc.evaluation.metrics import Metric, evaluate
@@ -171,6 +172,7 @@ def borrowed_elements(model: Potential, dataset: Dataset, donors: Mapping[str, s
     return {new: donor for new, donor in donors.items() if new in dataset.elements and new not in model.elements}
 
 
+@equal_by_content
 @dataclass(frozen=True)
 class CaseStudy:
     """Crystals, a start model and how to train; everything is checked when it is made.

@@ -446,7 +446,8 @@ def average(
     """Write the mean of several fine-tuned models as one model, to be used like any other.
 
     Models with other columns err in part independently, so that their mean is often better than either; it costs as
-    much as both.
+    much as both. The mean is one prediction, no committee: it has no spread. Models that were trained on different data
+    are averaged, and named.
 
     [bold]Examples[/bold]
 
@@ -460,7 +461,15 @@ def average(
 
     if output.suffix != ".safetensors":
         raise ConfigError(f"{output} must end in .safetensors, so that it is known as a model file")
-    mean = mean_of([load_model(model)[0] for model in models])
+    loaded = [load_model(model) for model in models]
+    mean = mean_of([potential for potential, _ in loaded])
+    sets = {}
+    for _, metadata in loaded:
+        data = metadata.get("data")
+        if isinstance(data, dict):
+            sets[data.get("hash")] = f"{data.get('name')} ({data.get('frames')} frames)"
+    if len(sets) > 1:
+        err.print(f"[yellow]trained on different data: {escape(', '.join(sets.values()))}[/yellow]", soft_wrap=True)
     save_model(mean, output, {"mean_of": {model: sha256_file(Path(model)) for model in models}})
     out.print(f"mean of {len(models)} models, {mean.members} members: {output}", soft_wrap=True)
 
@@ -510,8 +519,12 @@ def info(
     subject: Annotated[
         str | None, typer.Argument(help="A data set, a file, a start model, or nothing.", show_default=False)
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines: one JSON object, of a model in full.")] = False,
 ) -> None:
     """Describe the installation, or a data set, or a model.
+
+    Of a model: what it is, its training data, test errors if the run's metrics.json lies beside it, how to use it, and
+    what it does not know.
 
     [bold]Examples[/bold]
 
@@ -520,15 +533,23 @@ def info(
     tlmc info my.extxyz
 
     tlmc info reports/runs/my-run/model.safetensors
+
+    tlmc info model.safetensors --json
     """
     from tlmc.potentials.pretrained import start_models
 
     if subject is None:
         facts = _installation()
     elif subject in start_models() or Path(subject).suffix == ".safetensors":
-        facts = _model_facts(subject)
+        from tlmc.model_card import model_facts, model_page
+
+        known = model_facts(subject)
+        facts = known if as_json else model_page(known)
     else:
         facts = _dataset_facts(_load(subject, None, None, "eV"))
+    if as_json:
+        out.print(json.dumps(facts, indent=2), soft_wrap=True, highlight=False, markup=False)
+        return
     table = Table(Column(no_wrap=True), Column(overflow="fold"), show_header=False, box=None)
     for name, value in facts.items():
         table.add_row(name, escape(value))
@@ -864,29 +885,6 @@ def _installation() -> dict[str, str]:
         path = weights_path(cast(Any, name))
         state = "here" if path.is_file() else "can be fetched" if reachable(cast(Any, name)) else "not reachable"
         facts[f"start model {name}"] = f"{state}: {path}"
-    return facts
-
-
-def _model_facts(name: str) -> dict[str, str]:
-    from tlmc.training.checkpoint import load_model
-
-    potential = _model(name, None)
-    weights = sum(part.numel() for layers in potential.networks.values() for layer in layers for part in layer)
-    borrowed = ", ".join(f"{new} <- {donor}" for new, donor in potential.element_map.items())
-    facts = {
-        "start model": potential.name,
-        "fingerprint": potential.fingerprint,
-        "members": str(potential.members),
-        "elements": ", ".join(potential.symbols),
-        "borrowed elements": borrowed or "none",
-        "weights": f"{weights:,} ({potential.dtype})",
-    }
-    if potential.reference is not None:
-        offsets = ", ".join(f"{symbol} {value:+.5f}" for symbol, value in potential.reference.offsets.items())
-        facts[f"reference energies ({potential.reference.mode})"] = f"{offsets} eV"
-    if Path(name).suffix == ".safetensors":
-        _, metadata = load_model(name)
-        facts |= {key: json.dumps(value) if isinstance(value, dict) else str(value) for key, value in metadata.items()}
     return facts
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError
 from tlmc.evaluation.comparison import Stage, before_and_after, rows_from_stages
 from tlmc.evaluation.metrics import as_json, evaluate
@@ -32,6 +33,7 @@ from tlmc.training.kernels import kernels
 _LOG = logging.getLogger(__name__)
 
 
+@equal_by_content
 @dataclass(frozen=True)
 class Experiment:
     """A fine-tuning and what it achieved."""

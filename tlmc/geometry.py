@@ -15,6 +15,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from vesin import NeighborList
 
+from tlmc.equality import equal_by_content
+
 # All of a condensed phase is linked by contacts shorter than this; a molecule in a vacuum box is not (Angstrom).
 _CONTACT = 6.0
 # Angstrom by which interatomic distances of one geometry may differ: what text formats round.
@@ -116,6 +118,7 @@ def is_crystal(frame: Atoms) -> bool:
     return _clusters(rows, columns, 27 * n)[0] < 27 * _clusters(first, second, n)[0]
 
 
+@equal_by_content
 class Contacts(NamedTuple):
     """Pairs of atoms, images included, each once."""
 

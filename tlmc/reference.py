@@ -12,11 +12,13 @@ import numpy as np
 from ase import Atoms
 from numpy.typing import ArrayLike, NDArray
 
+from tlmc.equality import equal_by_content
 from tlmc.errors import DataError, ModelError
 
 ReferenceMode = Literal["per_atom", "per_element"]
 
 
+@equal_by_content
 @dataclass(frozen=True)
 class ReferenceEnergies:
     """Offsets that move one energy scale onto another, ``E_label ~ E_prediction + sum_i offset(Z_i)``."""

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError
 from tlmc.labelled import Dataset
 
@@ -24,6 +25,7 @@ _PARTS = ("train", "validation", "test")
 _GROUP_GAP = 8.0
 
 
+@equal_by_content
 @dataclass(frozen=True, eq=False)
 class Split:
     """Indices into one `Dataset`, ascending in each part."""

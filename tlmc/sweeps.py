@@ -31,6 +31,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tlmc.datasets import available, local_file
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError, StudyError, problems_of
 from tlmc.evaluation.records import CELL, COLUMNS, read_records
 from tlmc.files import sha256_file, write_json, write_text
@@ -62,6 +63,7 @@ class Sweep(BaseModel):
     """Field to its values; all combinations are run. ``settings`` add to those of `base` and `runs`."""
 
 
+@equal_by_content
 @dataclass(frozen=True)
 class Collected:
     """How a sweep stands."""

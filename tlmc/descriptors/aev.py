@@ -24,6 +24,8 @@ from ase import Atoms
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tlmc.equality import equal_by_content
+
 BLOCK = 16
 """Columns per block of a sparse Jacobian: every AEV sub-block is a multiple of this wide."""
 
@@ -75,6 +77,7 @@ class AEVParameters:
         return torch.cat([radial, n_species * self.n_radial + angular])
 
 
+@equal_by_content
 class Neighbours(NamedTuple):
     """A full neighbour list sorted by centre: every pair within the cutoff appears from both sides."""
 
@@ -86,6 +89,7 @@ class Neighbours(NamedTuple):
     """``x_j + shift - x_i`` in Angstrom, shape ``(n_pairs, 3)``."""
 
 
+@equal_by_content
 class BlockJacobian(NamedTuple):
     """A sparse Jacobian dG/dx made of dense blocks of ``BLOCK`` columns by 3 coordinates, sorted by row."""
 
@@ -119,6 +123,7 @@ class _Triples(NamedTuple):
     """``da/dcos``."""
 
 
+@equal_by_content
 class AEVTerms(NamedTuple):
     """What values and derivatives of the AEVs of one frame share."""
 
@@ -357,10 +362,11 @@ def _triples(
     counts = torch.bincount(centre, minlength=len(species))
     # neighbour number q of a centre with c neighbours is paired with the c - 1 - q that follow it in the list
     last = torch.cumsum(counts, 0)[centre]
-    followers = last - 1 - torch.arange(len(near))
-    first = torch.repeat_interleave(torch.arange(len(near)), followers)
+    places = torch.arange(len(near), device=near.device)
+    followers = last - 1 - places
+    first = torch.repeat_interleave(places, followers)
     start = torch.cumsum(followers, 0) - followers
-    second = first + 1 + torch.arange(len(first)) - start[first]
+    second = first + 1 + torch.arange(len(first), device=near.device) - start[first]
 
     side = species[pairs.neighbour[near]]
     low, high = torch.minimum(side[first], side[second]), torch.maximum(side[first], side[second])

@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tlmc.descriptors.aev import BLOCK, BlockJacobian, pair_list
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError
 
 Structures = Atoms | Sequence[Atoms]
 Centers = Sequence[int] | Sequence[Sequence[int]] | None
 
 
+@equal_by_content
 class Environments(NamedTuple):
     """Surroundings of the centres of some structures; atoms are numbered through all structures."""
 
@@ -48,6 +50,7 @@ class Environments(NamedTuple):
     """Number of atoms of every structure."""
 
 
+@equal_by_content
 class SparseJacobian(NamedTuple):
     """Derivatives of descriptor rows with respect to the atoms that act on them, sorted by row, then atom."""
 

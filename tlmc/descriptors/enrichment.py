@@ -26,6 +26,7 @@ from tlmc.descriptors.base import Environments, LocalDescriptor, position_gradie
 from tlmc.descriptors.bispectrum import Bispectrum
 from tlmc.descriptors.soap import SOAP
 from tlmc.descriptors.symmetry_functions import SymmetryFunctions
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError
 
 Compression = Literal["none", "species", "pca"]
@@ -42,6 +43,7 @@ SOAP_DEFAULTS: Final[dict[str, Any]] = {"r_cut": 5.5, "n_max": 4, "l_max": 4, "s
 """SOAP with a cosine cutoff: value and slope vanish at ``r_cut``, as a potential needs."""
 
 
+@equal_by_content
 class EnergySlopes(NamedTuple):
     """What an energy that depends on the columns does to the atoms and the cell of one frame."""
 
@@ -51,6 +53,7 @@ class EnergySlopes(NamedTuple):
     """Derivative with respect to a strain, shape ``(3, 3)``."""
 
 
+@equal_by_content
 @dataclass(frozen=True, eq=False)
 class Enrichment:
     """A local descriptor, and the linear map from its features to columns; computed in float64."""

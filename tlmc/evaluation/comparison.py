@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from tlmc.equality import equal_by_content
 from tlmc.evaluation.metrics import Metric, evaluate
 from tlmc.evaluation.records import rows_from_metrics
 from tlmc.potentials.calculator import Predictions, predict
@@ -21,6 +22,7 @@ START = "start"
 REFITTED = "start, offset refitted"
 
 
+@equal_by_content
 class Stage(NamedTuple):
     """A model's answers about one part of a data set, and their errors."""
 

@@ -10,6 +10,7 @@ import pandas as pd
 
 from tlmc.errors import DataError
 from tlmc.evaluation.metrics import per_frame
+from tlmc.geometry import frame_hash
 
 if TYPE_CHECKING:
     from tlmc.labelled import Dataset
@@ -44,13 +45,21 @@ def error_against_equilibrium(
     Raises
     ------
     DataError
-        If a frame is no crystal, is not among the others, or the groups are not as many.
+        If a frame is no crystal, is not among the others (the same structure under the same number), or of another
+        composition than they, or the groups are not as many.
     """
     if not (dataset.is_crystal.all() and among.is_crystal.all()):
         raise DataError(f"{dataset.name}: distances from equilibrium are defined for crystals only")
     names = [""] * len(among) if groups is None else list(groups)
     if len(names) != len(among):
         raise DataError(f"{among.name}: {len(among)} frames need as many groups, got {len(names)}")
+    contents = [frame.symbols.formula.reduce()[0].format("hill") for frame in among.frames]
+    other = next((k for k, content in enumerate(contents) if content != contents[0]), None)
+    if other is not None:
+        raise DataError(
+            f"{among.name}: frame {among.frame_numbers[other]} is {contents[other]}, the first one {contents[0]}: "
+            "energies per atom of different compositions cannot be compared"
+        )
     energy = among.energies / among.n_atoms
     volume = np.array([frame.get_volume() for frame in among.frames]) / among.n_atoms
     lowest: dict[str, int] = {}
@@ -62,6 +71,9 @@ def error_against_equilibrium(
     if missing:
         raise DataError(f"{dataset.name}: frame {missing[0]} is not among the {len(among)} frames to compare with")
     chosen = np.array([place[number] for number in dataset.frame_numbers.tolist()])
+    for frame, number, k in zip(dataset.frames, dataset.frame_numbers, chosen, strict=True):
+        if frame_hash(frame) != frame_hash(among.frames[k]):
+            raise DataError(f"{dataset.name}: frame {number} is not frame {number} of {among.name}")
     zero = np.array([lowest[names[k]] for k in chosen])
     return per_frame(dataset, predictions).assign(
         energy_above_lowest=energy[chosen] - energy[zero], volume_strain=volume[chosen] / volume[zero] - 1.0

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def as_json(metrics: Mapping[str, Metric]) -> dict[str, dict[str, Any]]:
     return {quantity: metric._asdict() for quantity, metric in metrics.items()}
 
 
+@equal_by_content
 class Errors(NamedTuple):
     """Errors of a set of frames, predicted minus label, the atoms of all frames in one array."""
 

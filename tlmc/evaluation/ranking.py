@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.stats import kendalltau, spearmanr
 
-from tlmc.errors import DataError
+from tlmc.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from tlmc.labelled import Dataset
@@ -59,14 +59,25 @@ def packing_energies(
     Raises
     ------
     DataError
-        If there are fewer than two packings, or lengths differ from the number of frames.
+        If there are fewer than two packings, lengths differ from the number of frames, frames do not hold the same
+        molecule (energies of other compositions have no common zero), or an energy is not finite.
+    ConfigError
+        If ``represent`` is neither.
     """
+    if represent not in ("mean", "lowest"):
+        raise ConfigError(f"represent must be mean or lowest, got {represent!r}")
     molecules = np.asarray(n_molecules, dtype=np.float64)
     columns = {LABELS: dataset.energies} | {name: side.energies for name, side in predictions.items()}
     lengths = {"n_molecules": len(molecules), "groups": len(groups)} | {k: len(v) for k, v in columns.items()}
     wrong = [f"{length} {name}" for name, length in lengths.items() if length != len(dataset)]
     if wrong:
         raise DataError(f"{dataset.name}: a ranking of {len(dataset)} frames got {', '.join(wrong)}")
+    _check_molecules(dataset, molecules)
+    for name, energies in columns.items():
+        not_finite = np.flatnonzero(~np.isfinite(energies))
+        if not_finite.size:
+            k = int(not_finite[0])
+            raise DataError(f"{dataset.name}: frame {dataset.frame_numbers[k]} has the energy {energies[k]} by {name}")
     members: defaultdict[str, list[int]] = defaultdict(list)
     for k, group in enumerate(groups):
         members[group or f"frame {dataset.frame_numbers[k]}"].append(k)
@@ -82,6 +93,22 @@ def packing_energies(
     result["n_frames"] = result["n_frames"].astype(int)
     result[list(columns)] -= result[list(columns)].iloc[0]
     return result
+
+
+def _check_molecules(dataset: Dataset, molecules: NDArray[np.float64]) -> None:
+    """Make sure that all frames are made of one molecule, so that energies per molecule can be compared."""
+    first: dict[str, float] = {}
+    for frame, number, n in zip(dataset.frames, dataset.frame_numbers, molecules, strict=True):
+        if not (np.isfinite(n) and n > 0):
+            raise DataError(f"{dataset.name}: frame {number} cannot consist of {n:g} molecules")
+        content = {symbol: count / n for symbol, count in sorted(frame.symbols.formula.count().items())}
+        first = first or content
+        if content.keys() != first.keys() or not np.allclose(list(content.values()), list(first.values())):
+            here, there = (" ".join(f"{s}{c:g}" for s, c in one.items()) for one in (content, first))
+            raise DataError(
+                f"{dataset.name}: frame {number} is made of {here}, the first one of {there}: energies per molecule of "
+                "different compositions have no order"
+            )
 
 
 def ranking_table(energies: pd.DataFrame) -> pd.DataFrame:
@@ -103,7 +130,7 @@ def ranking_table(energies: pd.DataFrame) -> pd.DataFrame:
     Raises
     ------
     DataError
-        If a column is constant, so that it orders nothing.
+        If a column is constant or not finite, so that it orders nothing.
     """
     labels = energies[LABELS]
     first, second = np.triu_indices(len(labels), k=1)
@@ -111,6 +138,8 @@ def ranking_table(energies: pd.DataFrame) -> pd.DataFrame:
     rows = {}
     for model in energies.columns.drop(["n_frames", LABELS]):
         values = energies[model]
+        if not (np.isfinite(values).all() and np.isfinite(labels).all()):
+            raise DataError(f"energies of {len(labels)} packings by {model} or their labels are not all finite")
         if values.nunique() < 2 or labels.nunique() < 2:
             raise DataError(f"energies of {len(labels)} packings by {model} or their labels are all equal")
         by_model = np.sign(values.to_numpy()[second] - values.to_numpy()[first])

@@ -18,6 +18,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, ModelError
 from tlmc.kernels.functions import Kernel
 from tlmc.kernels.gpr import check_points
@@ -176,6 +177,7 @@ class IterativeProcess:
         return apply
 
 
+@equal_by_content
 class Solution(NamedTuple):
     """What the iteration found."""
 

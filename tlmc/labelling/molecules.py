@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import breadth_first_order, connected_components
 
+from tlmc.equality import equal_by_content
 from tlmc.errors import DataError
 
 IntArray = NDArray[np.int64]
@@ -24,6 +25,7 @@ _JUDGED = 25
 """Frames from which a formula unit is read."""
 
 
+@equal_by_content
 class Bonds(NamedTuple):
     """Covalent bonds, each once; atom ``second`` is meant in the periodic image ``shift``."""
 

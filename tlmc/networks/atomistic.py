@@ -23,6 +23,7 @@ from ase.data import atomic_numbers, chemical_symbols
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError
 from tlmc.labelled import Dataset
 from tlmc.potentials.calculator import Predictions
@@ -42,6 +43,7 @@ class Prepared(Protocol):
 P = TypeVar("P", bound=Prepared)
 
 
+@equal_by_content
 class Output(NamedTuple):
     """What a network says about some frames, without the offsets."""
 

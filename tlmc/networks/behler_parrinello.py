@@ -19,6 +19,7 @@ from ase import Atoms
 from torch import Tensor
 
 from tlmc.descriptors.base import LocalDescriptor
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError
 from tlmc.labelled import Dataset
 from tlmc.networks.atomistic import AtomisticNetwork, Output, sum_by_structure
@@ -28,6 +29,7 @@ _SMALLEST_SPREAD: Final = 1e-3
 """Columns that vary less than this part of the column that varies most are not blown up to unit variance."""
 
 
+@equal_by_content
 class Described(NamedTuple):
     """Descriptors of the atoms of one frame, and their derivatives."""
 

@@ -32,11 +32,13 @@ from ase import Atoms
 from torch import Tensor
 
 from tlmc.descriptors.aev import neighbours
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError
 from tlmc.networks.atomistic import AtomisticNetwork, Output, sum_by_structure
 from tlmc.networks.mlp import MLP
 
 
+@equal_by_content
 class Surroundings(NamedTuple):
     """The neighbours of the atoms of one frame."""
 

@@ -21,6 +21,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError
 from tlmc.networks.mlp import MLP
 from tlmc.networks.optimizers import OPTIMIZERS, AdamW
@@ -28,6 +29,7 @@ from tlmc.networks.optimizers import OPTIMIZERS, AdamW
 Array = NDArray[np.float64]
 
 
+@equal_by_content
 class Curve(NamedTuple):
     """Energies along one coordinate."""
 
@@ -191,6 +193,7 @@ def descend(
     return np.array(path)
 
 
+@equal_by_content
 @dataclass(frozen=True)
 class CurveFit:
     """A network fitted to an energy curve; call it with coordinates for energies."""

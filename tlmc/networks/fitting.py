@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from tlmc.equality import equal_by_content
 from tlmc.errors import DataError, ModelError
 from tlmc.evaluation.metrics import evaluate
 from tlmc.labelled import Dataset
@@ -46,6 +47,7 @@ class FitConfig(BaseModel):
     """Order of the minibatches."""
 
 
+@equal_by_content
 @dataclass(frozen=True)
 class FitResult(Generic[P]):
     """A trained network and how it came about."""

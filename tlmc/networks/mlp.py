@@ -27,6 +27,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError
 
 ActivationName = Literal["relu", "tanh", "softplus", "celu"]
@@ -80,6 +81,7 @@ ACTIVATIONS: Final[dict[ActivationName, Activation]] = {
 """Activations that the thesis names, and CELU(0.1), which the ANI networks use."""
 
 
+@equal_by_content
 class Trace(NamedTuple):
     """What a forward pass leaves for the way back."""
 
@@ -89,6 +91,7 @@ class Trace(NamedTuple):
     """``z^l`` of each layer, shapes ``(n_samples, n_out)``; the last is the output of the network."""
 
 
+@equal_by_content
 class Gradients(NamedTuple):
     """Derivatives of a scalar ``C`` that depends on the outputs."""
 

@@ -19,6 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, ModelError, problems_of
 from tlmc.evaluation.comparison import Stage
 from tlmc.evaluation.metrics import as_json, evaluate
@@ -78,6 +79,7 @@ def peer_config(**settings: Any) -> PeerConfig:
         raise ConfigError(f"peer: {problems_of(error)}") from error
 
 
+@equal_by_content
 @dataclass(frozen=True)
 class PeerExperiment:
     """The peer on one data set."""

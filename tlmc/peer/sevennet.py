@@ -22,6 +22,7 @@ from ase.data import chemical_symbols
 from torch import Tensor, nn
 
 from tlmc.descriptors.aev import Neighbours, neighbours
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, ModelError
 from tlmc.files import sha256_file
 from tlmc.labelled import Dataset
@@ -59,6 +60,7 @@ class SevenNet:
         return torch.from_numpy(self.reference.energies(frames))
 
 
+@equal_by_content
 class Graph(NamedTuple):
     """What the network needs to know of one frame."""
 
@@ -69,6 +71,7 @@ class Graph(NamedTuple):
     """Angstrom^3; used for a stress that nobody asks for."""
 
 
+@equal_by_content
 class Answer(NamedTuple):
     """Energies and forces of a batch, parts of torch's graph while the network is in training mode."""
 

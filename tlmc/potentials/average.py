@@ -3,13 +3,17 @@
 Models that were fine-tuned with other columns err in part independently, so that their mean is often better than
 either. A :class:`tlmc.potentials.model.Potential` is the mean of its members already, so the mean of models is the
 ensemble of all their members: it is saved and used like any other, and costs as much as its parts.
+
+The mean is no committee. Its members are not kept apart by the model they came from, and the energies of each part
+would need the reference that was fitted for it; for a spread, ask the models themselves
+(:func:`tlmc.sampling.predict_committee` takes a list).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, combinations
 
 import torch
 
@@ -37,8 +41,8 @@ def average(models: Sequence[Potential]) -> Potential:
     Raises
     ------
     ModelError
-        If there are fewer than two, or they differ in start model, elements, members or precision, or their columns
-        come from different descriptors.
+        If there are fewer than two, two are the same, or they differ in start model, elements, members or precision,
+        or their columns come from different descriptors.
     """
     if len(models) < 2:
         raise ModelError(f"a mean needs two models or more, got {len(models)}")
@@ -48,6 +52,9 @@ def average(models: Sequence[Potential]) -> Potential:
             ours, theirs = getattr(first, name), getattr(model, name)
             if ours != theirs:
                 raise ModelError(f"models with different {name.replace('_', ' ')} have no mean: {ours} and {theirs}")
+    for a, b in combinations(range(len(models)), 2):
+        if models[a] == models[b]:
+            raise ModelError(f"models {a + 1} and {b + 1} are one and the same, which would count twice in the mean")
     joint = _side_by_side([model.enrichment for model in models])
     widths = [0 if model.enrichment is None else model.enrichment.n_columns for model in models]
     befores = accumulate(widths[:-1], initial=0)
@@ -56,7 +63,8 @@ def average(models: Sequence[Potential]) -> Potential:
         symbol: tuple(_stack(layers) for layers in zip(*(model.networks[symbol] for model in alike), strict=True))
         for symbol in first.symbols
     }
-    return dataclasses.replace(first, networks=networks, enrichment=joint, reference=_mean_reference(models))
+    reference = _mean_reference(models)
+    return dataclasses.replace(first, networks=networks, enrichment=joint, reference=reference, committee=False)
 
 
 def _stack(layers: Sequence[Layer]) -> Layer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -13,14 +14,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tlmc.descriptors.aev import Neighbours, aev, aev_backward, aev_terms, neighbours
+from tlmc.devices import find_device
+from tlmc.equality import equal_by_content
 from tlmc.errors import DataError, ModelError
 from tlmc.potentials.model import Layer, Potential
 from tlmc.potentials.network import backward, forward
 
+_LOG = logging.getLogger(__name__)
+_CPU = torch.device("cpu")
+_NEUTRAL = "the model knows neutral structures without unpaired electrons only, and answers as for such a one"
+
 OVERLAP = 0.1
 """Distance in Angstrom below which two atoms count as one written twice."""
+CLOSE = 0.6
+"""Distance in Angstrom below which the descriptor sees less and less of a neighbour: repulsion gives way to a hole."""
+_HOLE = f"closer than {CLOSE} A the descriptor hardly sees a neighbour, and energies fall instead of rising"
 
 
+@equal_by_content
 class Predictions(NamedTuple):
     """What a model says about some frames."""
 
@@ -36,10 +47,15 @@ class _Evaluation(NamedTuple):
     energies: NDArray[np.float64]
     forces: NDArray[np.float64]
     stress: NDArray[np.float64] | None
+    closest: float
+    """Smallest distance of two atoms within the cutoff, infinite if there is none."""
 
 
-def predict(model: Potential, frames: Sequence[Atoms]) -> Predictions:
+def predict(model: Potential, frames: Sequence[Atoms], device: str = "cpu") -> Predictions:
     """Return energies, forces and stresses of frames, each evaluated by itself.
+
+    Frames that say that they are charged or have unpaired electrons are counted in a warning: the model knows neither,
+    and answers as for the neutral structure. So are frames with atoms closer than `CLOSE`.
 
     Parameters
     ----------
@@ -47,16 +63,34 @@ def predict(model: Potential, frames: Sequence[Atoms]) -> Predictions:
         Its weights' precision is that of the computation; sums over atoms are float64 in any case.
     frames
         Molecules and crystals, of any size against the cutoff.
+    device
+        ``cpu``, ``cuda`` or ``cuda:N``. A GPU adds up in an order of its own, so that results are those of the
+        processor to rounding; for single frames of a hundred atoms it is no faster.
 
     Raises
     ------
     ModelError
         If a frame holds an element that the model, or its fitted reference, does not cover.
     DataError
-        If positions or cell are not finite, a periodic direction has no cell vector, or two atoms coincide.
+        If a frame has no atoms, positions or cell are not finite, a periodic direction has no cell vector or next to
+        none, or two atoms coincide.
+    ConfigError
+        If there is no such device.
     """
+    where = find_device(device)
     networks: dict[tuple[int, ...], _ActiveNetworks] = {}
-    results = [_evaluate(model, frame, f"frame {k}", None, networks) for k, frame in enumerate(frames)]
+    results = [_evaluate(model, frame, f"frame {k}", None, networks, where) for k, frame in enumerate(frames)]
+    unusual = [(k, said) for k, frame in enumerate(frames) if (said := _charge_or_spin(frame))]
+    if unusual:
+        k, said = unusual[0]
+        _LOG.warning("%d of %d frames are not neutral (frame %d: %s): %s", len(unusual), len(frames), k, said, _NEUTRAL)
+    close = [(k, result.closest) for k, result in enumerate(results) if result.closest < CLOSE]
+    if close:
+        k, distance = close[0]
+        _LOG.warning(
+            "%d of %d frames hold atoms too close to each other (frame %d: %.2f A): %s",
+            len(close), len(frames), k, distance, _HOLE,
+        )  # fmt: skip
     return Predictions(
         np.array([result.energies.sum() for result in results], dtype=np.float64),
         tuple(result.forces for result in results),
@@ -67,12 +101,15 @@ def predict(model: Potential, frames: Sequence[Atoms]) -> Predictions:
 def member_energies(model: Potential, frame: Atoms) -> NDArray[np.float64]:
     """Return the energy of a frame according to each member of the ensemble, eV, shape ``(members,)``.
 
+    Only the mean of these numbers is a prediction, unless the members were trained each by itself
+    (:attr:`Potential.committee`); for a spread, use `energy_spread`, which makes sure of that.
+
     Raises
     ------
     ModelError, DataError
         As in `predict`.
     """
-    species, pairs = _environment(model, frame, "frame")
+    species, pairs = environment(model, frame, "frame")
     features = aev(model.aev, len(model.symbols), species, pairs)
     if model.enrichment is not None:
         features = torch.cat([features, model.enrichment.columns(frame).to(features.dtype)], dim=1)
@@ -97,10 +134,12 @@ def energy_spread(model: Potential, frames: Sequence[Atoms]) -> NDArray[np.float
     Raises
     ------
     ModelError
-        If the model has one member, or as in `predict`.
+        If the model has one member, or members that are no committee, as those of a fine-tuned ensemble
+        (:attr:`Potential.committee`), or as in `predict`.
     """
     if model.members < 2:
         raise ModelError(f"{model.name} has {model.members} member: a spread needs an ensemble, e.g. ani2x")
+    model.check_committee()
     return np.array([member_energies(model, frame).std(ddof=1) / np.sqrt(len(frame)) for frame in frames])
 
 
@@ -112,9 +151,21 @@ class TlmcCalculator(Calculator):
     potential
         A start or fine-tuned model; convert it (``potential.to(torch.float64)``) where float32 is too coarse, e.g. for
         finite differences or tight relaxations.
+    device
+        ``cpu``, ``cuda`` or ``cuda:N``: where networks and descriptors are computed, whatever device the model was
+        trained on. Neighbours are found on the processor. A GPU pays off for large cells and ensembles.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such device.
 
     Notes
     -----
+    Of a frame that says it is charged or has unpaired electrons (``info["charge"]``, initial charges, magnetic
+    moments) a warning is given, once: the model knows neither, and answers as for the neutral structure. Another one
+    tells, once, of atoms closer than `CLOSE`, where a relaxation or dynamics has fallen into a hole.
+
     ``free_energy`` equals ``energy``. Asking for the stress of a frame that is not periodic in three directions raises
     ASE's ``PropertyNotImplementedError``. Neighbours are kept from step to step (:class:`SkinNeighbours`), and so are
     the networks; assign no other potential to a calculator, make another one.
@@ -122,11 +173,13 @@ class TlmcCalculator(Calculator):
 
     implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]
 
-    def __init__(self, potential: Potential) -> None:
+    def __init__(self, potential: Potential, device: str = "cpu") -> None:
         Calculator.__init__(self)
         self.potential = potential
+        self.device = find_device(device)
         self._find = SkinNeighbours(potential.aev.r_cut_radial)
         self._networks: dict[tuple[int, ...], _ActiveNetworks] = {}
+        self._warned: set[str] = set()
 
     def calculate(
         self,
@@ -136,7 +189,12 @@ class TlmcCalculator(Calculator):
     ) -> None:
         """Evaluate a frame; all properties come out of one sweep (ASE calls this)."""
         Calculator.calculate(self, atoms, properties, system_changes)
-        result = _evaluate(self.potential, cast(Atoms, self.atoms), "frame", self._find, self._networks)
+        frame = cast(Atoms, self.atoms)
+        result = _evaluate(self.potential, frame, "frame", self._find, self._networks, self.device)
+        if said := _charge_or_spin(frame):
+            self._warn(f"{frame.get_chemical_formula()} is not neutral ({said})", _NEUTRAL)
+        if result.closest < CLOSE:
+            self._warn(f"{frame.get_chemical_formula()} holds atoms {result.closest:.2f} A apart", _HOLE)
         energy = float(result.energies.sum())
         self.results: dict[str, Any] = {
             "energy": energy,
@@ -146,6 +204,12 @@ class TlmcCalculator(Calculator):
         }
         if result.stress is not None:
             self.results["stress"] = result.stress
+
+    def _warn(self, what: str, why: str) -> None:
+        """Say something about a frame, once for each reason."""
+        if why not in self._warned:
+            self._warned.add(why)
+            _LOG.warning("%s: %s", what, why)
 
 
 class SkinNeighbours:
@@ -201,12 +265,13 @@ def _geometry(frame: Atoms) -> Atoms:
 class _ActiveNetworks:
     """Networks of the elements of one frame, first layers without the columns that are zero in it."""
 
-    def __init__(self, model: Potential, present: Sequence[int]) -> None:
+    def __init__(self, model: Potential, present: Sequence[int], device: torch.device) -> None:
         columns = model.columns(present)
         self.layers = []
         for s in present:
             first, *others = model.networks[model.symbols[s]]
-            self.layers.append((Layer(first.weight[:, columns].contiguous(), first.bias), *others))
+            layers = (Layer(first.weight[:, columns].contiguous(), first.bias), *others)
+            self.layers.append(tuple(Layer(layer.weight.to(device), layer.bias.to(device)) for layer in layers))
 
 
 def _evaluate(
@@ -215,21 +280,23 @@ def _evaluate(
     label: str,
     find: SkinNeighbours | None = None,
     networks: dict[tuple[int, ...], _ActiveNetworks] | None = None,
+    device: torch.device = _CPU,
 ) -> _Evaluation:
     """Return energies of the atoms, forces and stress of one frame."""
-    channels, pairs = _environment(model, frame, label, find)
+    channels, pairs = environment(model, frame, label, find)
     # elements that are absent give columns of zeros: number those present, as if the model knew no others
     present, species = torch.unique(channels, return_inverse=True)
     n_species, key = len(present), tuple(present.tolist())
     networks = {} if networks is None else networks
     if key not in networks:
-        networks[key] = _ActiveNetworks(model, key)
+        networks[key] = _ActiveNetworks(model, key, device)
+    species, pairs = species.to(device), Neighbours(*(part.to(device) for part in pairs))
     terms = aev_terms(model.aev, n_species, species, pairs)
     features, pull_back = aev(model.aev, n_species, species, pairs, terms), None
     if model.enrichment is not None:
         columns, pull_back = model.enrichment.columns_and_slopes(frame)
-        features = torch.cat([features, columns.to(features.dtype)], dim=1)
-    output = torch.zeros(len(frame), dtype=torch.float64)
+        features = torch.cat([features, columns.to(features)], dim=1)
+    output = torch.zeros(len(frame), dtype=torch.float64, device=device)
     gradient = torch.zeros_like(features)
     for s, rows in _by_species(species):
         layers = networks[key].layers[s]
@@ -239,26 +306,36 @@ def _evaluate(
     # dE/dv of every pair; a pair vector is x_j + shift - x_i
     own, extra = gradient.split([model.aev.length(n_species), features.shape[1] - model.aev.length(n_species)], dim=1)
     slope = aev_backward(model.aev, n_species, species, pairs, own.contiguous(), terms).to(torch.float64) * model.scale
-    forces = torch.zeros(len(frame), 3, dtype=torch.float64)
+    forces = torch.zeros(len(frame), 3, dtype=torch.float64, device=device)
     forces.index_add_(0, pairs.centre, slope)
     forces.index_add_(0, pairs.neighbour, -slope)
     # a strain e turns every v into (1 + e) v; each pair is listed from both ends, so nothing is counted twice
     virial = slope.T @ pairs.vectors.to(torch.float64)
+    forces, virial, output = forces.cpu(), virial.cpu(), output.cpu()
     if pull_back is not None:
-        richer = pull_back(extra)
+        richer = pull_back(extra.cpu())
         forces += richer.forces * model.scale
         virial += richer.virial * model.scale
     stress = None
     if frame.pbc.all():
         stress = (0.5 * (virial + virial.T) / frame.get_volume()).numpy()
         stress = stress[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
-    return _Evaluation((model.scale * output + model.offsets(frame)).numpy(), forces.numpy(), stress)
+    closest = float(terms.distances.min()) if len(terms.distances) else np.inf
+    return _Evaluation((model.scale * output + model.offsets(frame)).numpy(), forces.numpy(), stress, closest)
 
 
-def _environment(
+def environment(
     model: Potential, frame: Atoms, label: str, find: SkinNeighbours | None = None
 ) -> tuple[Tensor, Neighbours]:
-    """Return network indices and neighbours of a frame that passed the checks."""
+    """Return network indices and neighbours of a frame that passed the checks.
+
+    Raises
+    ------
+    ModelError, DataError
+        As `predict`; the sentence begins with the label.
+    """
+    if not len(frame):
+        raise DataError(f"{label} has no atoms")
     species = model.species(frame)
     name = f"{label} ({frame.get_chemical_formula()})"
     for what, values in (("position", frame.positions), ("cell vector", frame.cell.array)):
@@ -270,6 +347,12 @@ def _environment(
         raise DataError(
             f"{name}: periodic in {frame.pbc.sum()} directions, but the cell {frame.cell.array.tolist()} spans {rank}"
         )
+    if rank:
+        # heights of the cell, the distances between its faces; flat ones mean millions of images
+        periodic = frame.cell.array[frame.pbc]
+        height = float(1.0 / np.sqrt(np.linalg.inv(periodic @ periodic.T).diagonal().max()))
+        if height < OVERLAP:
+            raise DataError(f"{name}: the cell {frame.cell.array.tolist()} is only {height:.3g} A high")
     pairs = neighbours(frame, model.aev.r_cut_radial, model.dtype) if find is None else find(frame, model.dtype)
     if len(pairs.vectors):
         distance, k = torch.linalg.vector_norm(pairs.vectors, dim=1).min(0)
@@ -277,6 +360,31 @@ def _environment(
             i, j = int(pairs.centre[k]), int(pairs.neighbour[k])
             raise DataError(f"{name}: atoms {i} and {j} are {float(distance):.3g} A apart")
     return species, pairs
+
+
+def _charge_or_spin(frame: Atoms) -> str:
+    """Say what makes a frame other than a neutral one without unpaired electrons; an empty text if nothing does."""
+    for key in ("charge", "total_charge", "net_charge"):
+        if (charge := _number(frame.info.get(key))) != 0.0:
+            return f"{key} {charge:g}"
+    for key in ("multiplicity", "spin_multiplicity"):
+        if (multiplicity := _number(frame.info.get(key))) > 1.0:
+            return f"{key} {multiplicity:g}"
+    # partial charges of atoms add up to a whole number
+    if abs(charge := float(frame.get_initial_charges().sum())) > 0.5:
+        return f"initial charges add up to {charge:g}"
+    if abs(moment := float(frame.get_initial_magnetic_moments().sum())) > 0.5:
+        return f"initial magnetic moments add up to {moment:g}"
+    return ""
+
+
+def _number(value: Any) -> float:
+    """Return a value of ``info`` as a number, 0 for what is none."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return 0.0
+    return number if np.isfinite(number) else 0.0
 
 
 def _by_species(species: Tensor) -> list[tuple[int, Tensor]]:

@@ -12,6 +12,7 @@ import torch
 from tlmc.errors import ModelError
 from tlmc.files import atomic_path
 from tlmc.potentials.model import Layer, Potential
+from tlmc.potentials.pretrained import ANI2X_SYMBOLS, registered
 from tlmc.potentials.transfer import extend
 
 if TYPE_CHECKING:
@@ -91,12 +92,16 @@ def to_torchani(model: Potential) -> ANI:
     return cast("ANI", result.to(model.dtype).requires_grad_(False))
 
 
-def export_state_dict(model: Potential, path: Path | str) -> None:
-    """Write the state dict of `to_torchani` atomically.
+def export_state_dict(model: Potential, path: Path | str) -> str:
+    """Write the state dict of `to_torchani` atomically, and say which torchani model takes it.
 
-    It holds tensors only: ``torch.load(path, weights_only=True)`` reads it, and a fine-tuned ``ani2x`` loads into
-    ``torchani.models.ANI2x()`` with ``load_state_dict``. Cutoffs and activation are not in a state dict; they are those
-    of the start model.
+    It holds tensors only: ``torch.load(path, weights_only=True)`` reads it. Cutoffs and activation are not in a state
+    dict; they are those of the start model, and a model takes it only if elements and members are the same:
+
+    - a fine-tuned ``ani2x`` of all eight members loads into ``torchani.models.ANI2x()``;
+    - with one member (``members=1``), into ``torchani.models.ANI2x(model_index=0)``;
+    - with two to seven, into ``ANI2x()`` whose ensemble was cut to as many, as the returned lines show;
+    - everything else (elements that were borrowed, means of models, ``ani2xt``) into what `to_torchani` makes.
 
     Parameters
     ----------
@@ -104,6 +109,41 @@ def export_state_dict(model: Potential, path: Path | str) -> None:
         Potential to export.
     path
         File to write, by convention ``.pt``.
+
+    Returns
+    -------
+    str
+        Lines of Python that end with ``network``, the torchani model with these weights. Those for models other than
+        ``ani2x`` take ``model`` for granted, any of these elements and members.
+
+    Raises
+    ------
+    ModelError
+        As `to_torchani`.
+
+    Notes
+    -----
+    torchani's ``energies_qbcs`` knows nothing of :attr:`Potential.committee`: of a fine-tuned ensemble it is a number
+    without a meaning.
     """
     with atomic_path(path) as temporary:
         torch.save(to_torchani(model).state_dict(), temporary)
+    return f"{_architecture(model)}\nnetwork.load_state_dict(torch.load({str(path)!r}, weights_only=True))\n"
+
+
+def _architecture(model: Potential) -> str:
+    """Return lines of Python that make a torchani model of these elements and members."""
+    published = registered("ani2x")
+    precision = "" if model.dtype == torch.float32 else f"dtype={model.dtype}"
+    whole = model.fingerprint == published["fingerprint"] and model.symbols == ANI2X_SYMBOLS and not model.element_map
+    if not whole or model.members > published["members"]:
+        return "import torch\nfrom tlmc.potentials import to_torchani\nnetwork = to_torchani(model)"
+    one = "model_index=0" if model.members == 1 else ""
+    lines = ["import torch", "import torchani"]
+    lines += [f"network = torchani.models.ANI2x({', '.join(filter(None, (one, precision)))})"]
+    if 1 < model.members < published["members"]:
+        lines += [
+            f"kept = network.neural_networks.members[:{model.members}]",
+            "network.nnp.neural_networks = torchani.nn.Ensemble(kept)",
+        ]
+    return "\n".join(lines)

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from tlmc.descriptors.aev import AEVParameters
 from tlmc.descriptors.enrichment import Enrichment
+from tlmc.equality import equal_by_content
 from tlmc.errors import ModelError
 from tlmc.reference import ReferenceEnergies
 from tlmc.units import HARTREE
 
 
+@equal_by_content
 class Layer(NamedTuple):
     """One affine layer of an ensemble, ``z = a @ weight + bias``."""
 
@@ -28,6 +30,7 @@ class Layer(NamedTuple):
     """Shape ``(members, 1, n_out)``."""
 
 
+@equal_by_content
 @dataclass(frozen=True)
 class Potential:
     """Atomic energies from one small network per element, averaged over the members of an ensemble.
@@ -41,7 +44,7 @@ class Potential:
     symbols: tuple[str, ...]
     """Elements with descriptor channels, in the order of those channels."""
     aev: AEVParameters
-    networks: dict[str, tuple[Layer, ...]]
+    networks: dict[str, tuple[Layer, ...]] = field(repr=False)
     """Per element of `symbols`, the affine layers from first to last."""
     self_energies: dict[str, float]
     """Energy of the free atom per element, eV."""
@@ -54,6 +57,9 @@ class Potential:
     scale: float = HARTREE
     enrichment: Enrichment | None = None
     """Columns of another descriptor behind the AEV (:func:`tlmc.potentials.enrich`)."""
+    committee: bool = False
+    """Whether the members were trained each by itself, as those of the published ANI-2x, so that each is a model and
+    their spread means something. A fine-tuning looks at the mean of the members only and ends this."""
 
     @property
     def n_columns(self) -> int:
@@ -75,6 +81,22 @@ class Potential:
     def elements(self) -> tuple[str, ...]:
         """Every element the model accepts, borrowed ones included."""
         return self.symbols + tuple(e for e in self.element_map if e not in self.symbols)
+
+    def check_committee(self) -> None:
+        """Refuse an ensemble whose members are no models of their own; a single network passes.
+
+        Raises
+        ------
+        ModelError
+            If there are several members, and they are not known to have been trained each by itself.
+        """
+        if self.members > 1 and not self.committee:
+            raise ModelError(
+                f"the {self.members} members of this model, which descends from {self.name}, are no committee: they "
+                "were trained or put together so that only their mean is a prediction, and their spread says nothing "
+                "about its error; take the published ani2x, or models trained one by one, "
+                "predict_committee([one, other])"
+            )
 
     def columns(self, present: Sequence[int]) -> Tensor:
         """Return the inputs that can differ from zero where only these networks' elements occur, ascending, int64."""

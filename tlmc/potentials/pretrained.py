@@ -45,7 +45,7 @@ ANI2X_SOURCES: Final = (
 """The two places from which torchani itself downloads the file."""
 
 # torchani's species order of ANI-2x; columns of the AEV and keys of the state dict follow it
-_ANI2X_SYMBOLS: Final = ("H", "C", "N", "O", "S", "F", "Cl")
+ANI2X_SYMBOLS: Final = ("H", "C", "N", "O", "S", "F", "Cl")
 # the other model has F before S, and its checkpoint counts networks instead of naming them
 _ANI2XT_SYMBOLS: Final = ("H", "C", "N", "O", "F", "S", "Cl")
 _ANI2XT_SELF_ENERGIES: Final = (-0.5984, -38.0826, -54.7031, -75.1901, -99.8006, -398.1224, -460.1387)
@@ -93,7 +93,7 @@ def load_start_model(name: StartModelName) -> Potential:
 
 def weights_path(name: StartModelName) -> Path:
     """Return where the weights of a start model are kept, present or not."""
-    entry = _registered(name)
+    entry = registered(name)
     if name == "ani2x":
         # torchani.models.ANI2x() would find it here too, but it answers any trouble with the file (a mirror that is not
         # writable is enough) by downloading over it, with retries; and state_dicts_dir() creates the folder
@@ -113,7 +113,7 @@ def reachable(name: StartModelName) -> bool:
         return True
     if name == "ani2x":
         return first_to_answer(ANI2X_SOURCES, PROBE_SECONDS)[0] is not None
-    project = _registered(name)["wheel"].split("==")[0]
+    project = registered(name)["wheel"].split("==")[0]
     return _pip("index", "versions", project, seconds=2 * PROBE_SECONDS).returncode == 0
 
 
@@ -130,7 +130,7 @@ def parameter_fingerprint(state_dict: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _registered(name: str) -> dict[str, Any]:
+def registered(name: str) -> dict[str, Any]:
     """Return the registry's entry of a start model."""
     models = json.loads((PACKAGE_DIR / "registry.json").read_text(encoding="utf-8"))["start_models"]
     if name not in models:
@@ -143,7 +143,7 @@ def _load_ani2x() -> Potential:
     if not path.is_file():
         _download_ani2x(path)
     state, fingerprint = _read_ani2x(path)
-    members = range(_registered("ani2x")["members"])
+    members = range(registered("ani2x")["members"])
 
     def layer(symbol: str, name: str) -> Layer:
         key = "potentials.nnp.neural_networks.members.{}.atomics." + f"{symbol}.{name}"
@@ -156,7 +156,7 @@ def _load_ani2x() -> Potential:
     self_energies = state["energy_shifter.self_energies"].to(torch.float64) * HARTREE
     return Potential(
         name="ani2x",
-        symbols=_ANI2X_SYMBOLS,
+        symbols=ANI2X_SYMBOLS,
         aev=AEVParameters(
             r_cut_radial=5.1,
             eta_radial=aev["radial.eta"].item(),
@@ -167,9 +167,10 @@ def _load_ani2x() -> Potential:
             shifts_angular=tuple(aev["angular.shifts"].tolist()),
             sections=tuple(aev["angular.sections"].tolist()),
         ),
-        networks={symbol: tuple(layer(symbol, name) for name in names) for symbol in _ANI2X_SYMBOLS},
-        self_energies=dict(zip(_ANI2X_SYMBOLS, self_energies.tolist(), strict=True)),
+        networks={symbol: tuple(layer(symbol, name) for name in names) for symbol in ANI2X_SYMBOLS},
+        self_energies=dict(zip(ANI2X_SYMBOLS, self_energies.tolist(), strict=True)),
         fingerprint=fingerprint,
+        committee=True,
     )
 
 
@@ -181,7 +182,7 @@ def _read_ani2x(path: Path) -> tuple[dict[str, Tensor], str]:
         raise ModelError(
             f"{path} is not a readable state dict ({type(error).__name__}): delete it, the next run fetches it again"
         ) from error
-    expected = _registered("ani2x")["fingerprint"]
+    expected = registered("ani2x")["fingerprint"]
     found = parameter_fingerprint(state) if isinstance(state, dict) else f"{type(state).__name__} instead of a dict"
     if found != expected:
         raise ModelError(f"{path} does not hold the weights of ANI-2x: parameter fingerprint {found}, not {expected}")
@@ -213,7 +214,7 @@ def _download_ani2x(path: Path) -> None:
 
 
 def _load_ani2xt() -> Potential:
-    entry = _registered("ani2xt")
+    entry = registered("ani2xt")
     path = weights_path("ani2xt")
     if not path.is_file():
         _extract_ani2xt(path, entry)

@@ -154,12 +154,14 @@ def first_members(model: Potential, n_members: int) -> Potential:
     Raises
     ------
     ModelError
-        If the model has not so many members, or none are asked for.
+        If the model has not so many members, none are asked for, or only the mean of all is a model, as after a
+        fine-tuning (:attr:`Potential.committee`).
     """
     if not 1 <= n_members <= model.members:
         raise ModelError(f"{model.name} has {model.members} member(s), cannot take the first {n_members}")
     if n_members == model.members:
         return model
+    model.check_committee()
     networks = {
         symbol: tuple(Layer(weight[:n_members].clone(), bias[:n_members].clone()) for weight, bias in layers)
         for symbol, layers in model.networks.items()
@@ -231,8 +233,9 @@ def scratch(model: Potential, seed: int) -> Potential:
     """Return the same architecture with every weight and bias drawn anew from N(0, 0.1), the thesis' "from scratch".
 
     The 0.1 is the standard deviation. Descriptor, self energies and borrowed elements stay; a fitted reference goes, as
-    it belonged to the old weights. Numbers are drawn in float64 on the CPU from a generator of their own and rounded to
-    the precision of the model, so that every machine gets the same ones.
+    it belonged to the old weights, and members that nobody has trained are no committee. Numbers are drawn in float64
+    on the CPU from a generator of their own and rounded to the precision of the model, so that every machine gets the
+    same ones.
 
     Parameters
     ----------
@@ -251,4 +254,4 @@ def scratch(model: Potential, seed: int) -> Potential:
         symbol: tuple(Layer(draw(layer.weight), draw(layer.bias)) for layer in model.networks[symbol])
         for symbol in model.symbols
     }
-    return dataclasses.replace(model, networks=networks, reference=None)
+    return dataclasses.replace(model, networks=networks, reference=None, committee=False)

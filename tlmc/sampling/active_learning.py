@@ -32,7 +32,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student
 
 from tlmc.datasets import dataset_from_frames
-from tlmc.errors import ConfigError, DataError
+from tlmc.equality import equal_by_content
+from tlmc.errors import ConfigError, DataError, ModelError
 from tlmc.evaluation.metrics import evaluate, per_frame
 from tlmc.files import write_json
 from tlmc.geometry import frame_hash
@@ -50,7 +51,10 @@ _RECORDED: Final = ("force_rmse_vector", "force_rmse_component", "energy_rmse_pe
 
 
 class Learner(Protocol):
-    """A model that the loop can train again and again."""
+    """A model that the loop can train again and again.
+
+    One with a ``description``, of JSON types, does not go on with a loop that another one began.
+    """
 
     def fit(self, dataset: Dataset, seed: int) -> Any:
         """Train on all frames from the beginning; the same arguments give the same model."""
@@ -70,6 +74,7 @@ class Pool(Protocol):
         """Return these structures with labels, in this order."""
 
 
+@equal_by_content
 @dataclass(frozen=True)
 class LabelledPool:
     """A pool whose labels are known already."""
@@ -80,6 +85,11 @@ class LabelledPool:
     def frames(self) -> Sequence[Atoms]:
         """All structures."""
         return self.dataset.frames
+
+    @property
+    def description(self) -> str:
+        """What tells its labels from others."""
+        return self.dataset.hash
 
     def label(self, indices: Sequence[int]) -> Dataset:
         """Look the labels up."""
@@ -96,7 +106,8 @@ class CalculatorPool:
     calculator
         With energy and forces.
     folder
-        Where labels are kept, so that a loop that goes on does not compute them again; by default in memory.
+        Where labels are kept, so that a loop that goes on does not compute them again; by default in memory. Labels of
+        another name are never taken for those of this one.
     name
         Of the level of theory.
     """
@@ -110,13 +121,20 @@ class CalculatorPool:
         """Calculations done so far."""
         self._labels: dict[str, dict[str, Any]] = {}
 
+    @property
+    def description(self) -> str:
+        """What tells its labels from others."""
+        return self.name
+
     def label(self, indices: Sequence[int]) -> Dataset:
         """Compute what is not known yet.
 
         Raises
         ------
         DataError
-            If a label is not finite.
+            If a label is not finite, or a file in the folder holds no label of this structure.
+        ConfigError
+            If a file in the folder holds a label of another level of theory.
         """
         labelled = []
         for k in indices:
@@ -133,17 +151,35 @@ class CalculatorPool:
             return self._labels[key]
         path = None if self.folder is None else self.folder / f"{key[:32]}.json"
         if path is not None and path.is_file():
-            label: dict[str, Any] = json.loads(path.read_text())
+            label = self._read(path, frame)
         else:
             copy = frame.copy()
+            copy.set_constraint()  # it would hide the forces on atoms that are held in place
             copy.calc = self.calculator
-            label = {"energy": float(copy.get_potential_energy()), "forces": copy.get_forces().tolist()}
+            energy = float(copy.get_potential_energy())
+            label = {"energy": energy, "forces": copy.get_forces().tolist(), "name": self.name}
             self.calls += 1
             if not (np.isfinite(label["energy"]) and np.isfinite(label["forces"]).all()):
                 raise DataError(f"{frame.get_chemical_formula()}: {self.name} returned a label that is not finite")
             if path is not None:
                 write_json(path, label)
         self._labels[key] = label
+        return label
+
+    def _read(self, path: Path, frame: Atoms) -> dict[str, Any]:
+        """Return the label of a structure that an earlier loop computed."""
+        try:
+            label: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            values = np.array([label["energy"], *np.reshape(label["forces"], 3 * len(frame))], dtype=np.float64)
+            theirs = label.get("name", self.name)  # files of earlier versions name none
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path} holds no label of {frame.get_chemical_formula()} ({error}): move it away"
+            ) from error
+        if not np.isfinite(values).all():
+            raise DataError(f"{path} holds a label that is not finite: move it away")
+        if theirs != self.name:
+            raise ConfigError(f"{path} holds a label of {theirs}, not of {self.name}: choose another folder")
         return label
 
 
@@ -179,6 +215,7 @@ class LoopConfig:
             raise ConfigError(f"max_labels and seed must not be negative, got {self.max_labels} and {self.seed}")
 
 
+@equal_by_content
 @dataclass(frozen=True)
 class LoopResult:
     """What the loop did."""
@@ -227,15 +264,15 @@ def run_loop(
     Raises
     ------
     ConfigError
-        If the file holds another loop.
+        If the file holds another loop: other settings, structures, labels or test set, or another learner.
     DataError
         If the pool has fewer than three structures.
     ModelError
-        If the strategy needs a committee and the learner has one member.
+        If the strategy needs a committee and the learner has one member, or members that all say the same.
     """
     if len(pool.frames) < 3:
         raise DataError(f"a pool needs at least three structures, got {len(pool.frames)}")
-    description = _describe(pool, config, test)
+    description = _describe(learner, pool, config, test)
     rounds = [] if path is None else _read(Path(path), description)
     while not (rounds and rounds[-1]["stopped"]):
         rounds.append(_round(learner, pool, config, test, rounds))
@@ -309,6 +346,11 @@ def _force_errors(learner: Learner, labelled: Dataset) -> FloatArray:
 def _error_over_spread(learner: Learner, labelled: Dataset) -> float:
     """Return the ratio, over structures that the learner has not been trained on yet."""
     spread = learner.predict(labelled.frames).frame_force_spread()
+    if not spread.any():
+        raise ModelError(
+            f"all members of the committee say the same about the {len(spread)} structures that were just labelled, so "
+            "that their spread measures nothing"
+        )
     return float(np.sqrt((_force_errors(learner, labelled) ** 2).mean() / (spread**2).mean()))
 
 
@@ -320,24 +362,41 @@ def _stopped(n_labels: int, n_rest: int, bad_share: float, config: LoopConfig) -
     return "limit" if config.max_labels and n_labels >= config.max_labels else ""
 
 
-def _describe(pool: Pool, config: LoopConfig, test: Dataset | None) -> dict[str, Any]:
+_ROUND: Final = ("train", "gone", "added", "dropped", "bad_share", "scale", "next_scale", "test", "stopped")
+"""What is kept of a round (:attr:`LoopResult.rounds`)."""
+_IF_KNOWN: Final = ("labelling", "learner")
+"""Parts of a loop's description that not every pool or learner, and no file of an earlier version, tells."""
+
+
+def _describe(learner: Learner, pool: Pool, config: LoopConfig, test: Dataset | None) -> dict[str, Any]:
     digest = hashlib.sha256("".join(frame_hash(frame) for frame in pool.frames).encode()).hexdigest()
-    return {"config": asdict(config), "pool": digest, "test": None if test is None else test.hash}
+    told = {key: getattr(of, "description", None) for key, of in zip(_IF_KNOWN, (pool, learner), strict=True)}
+    # as it comes back from a file
+    known: dict[str, Any] = json.loads(json.dumps(told))
+    return {"config": asdict(config), "pool": digest, "test": None if test is None else test.hash} | known
 
 
-def _read(path: Path, description: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the rounds of an earlier run of the same loop."""
+def _read(path: Path, description: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rounds of an earlier run of the same loop; what only the file knows is added to the description."""
     if not path.exists():
         return []
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        theirs, rounds = content["loop"], content["rounds"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        theirs, rounds = dict(content["loop"]), [dict(done) for done in content["rounds"]]
+        for done in rounds:
+            missing = [key for key in _ROUND if key not in done]
+            if missing:
+                raise KeyError(f"a round lacks {', '.join(missing)}")
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} holds no active-learning loop ({error}): choose another file") from error
+    for key in _IF_KNOWN:
+        ours = description[key]
+        description[key] = theirs.get(key) if ours is None else ours
+        theirs[key] = description[key] if theirs.get(key) is None else theirs[key]
     different = [key for key in description if theirs.get(key) != description[key]]
     if different:
         raise ConfigError(f"{path} holds another loop, with another {' and '.join(different)}: choose another file")
-    return list(rounds)
+    return rounds
 
 
 def compare_strategies(

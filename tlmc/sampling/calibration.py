@@ -20,11 +20,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import erf, erfinv
 
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError
 
 FloatArray = NDArray[np.float64]
 
 
+@equal_by_content
 class Calibration(NamedTuple):
     """What turns spreads into standard deviations and intervals."""
 
@@ -98,6 +100,7 @@ def coverage(errors: ArrayLike, half_widths: ArrayLike) -> float:
     return float((np.abs(e) <= width).mean())
 
 
+@equal_by_content
 class Reliability(NamedTuple):
     """Nominal and observed coverage of central intervals of normal distributions."""
 
@@ -152,6 +155,7 @@ def normal_quantile(level: float) -> float:
     return float(math.sqrt(2.0) * erfinv(level))
 
 
+@equal_by_content
 class SpreadBins(NamedTuple):
     """Errors of values with similar spreads."""
 

@@ -4,12 +4,17 @@ A committee is several models: the members of an ensemble such as ANI-2x, traini
 bootstrap resamples of the training part. Its mean is the prediction; its spread says how far the labels leave the
 prediction open. The spread is no error bar before it is calibrated (:mod:`tlmc.sampling.calibration`): members share
 descriptor, start weights and data, so they err together.
+
+The members of a *fine-tuned* ensemble are no committee. Its loss sees their mean only, and each member drifts where the
+others make up for it: alone it is many times worse than the mean, and how far members lie apart has nothing to do with
+the error. Such ensembles are refused here (:attr:`tlmc.potentials.Potential.committee`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +22,7 @@ from ase import Atoms
 from numpy.random import Generator
 from numpy.typing import NDArray
 
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, ModelError
 from tlmc.potentials.calculator import Predictions, predict
 from tlmc.potentials.model import Layer, Potential
@@ -24,6 +30,7 @@ from tlmc.potentials.model import Layer, Potential
 FloatArray = NDArray[np.float64]
 
 
+@equal_by_content
 class CommitteePredictions(NamedTuple):
     """What each member of a committee says about some frames."""
 
@@ -83,7 +90,13 @@ def members(model: Potential) -> tuple[Potential, ...]:
     ----------
     model
         An ensemble such as ``ani2x``; a single network is returned as it is.
+
+    Raises
+    ------
+    ModelError
+        If the members are no models of their own, as after a fine-tuning (:attr:`tlmc.potentials.Potential.committee`).
     """
+    model.check_committee()
     return tuple(
         replace(
             model,
@@ -91,6 +104,7 @@ def members(model: Potential) -> tuple[Potential, ...]:
                 symbol: tuple(Layer(layer.weight[m : m + 1], layer.bias[m : m + 1]) for layer in layers)
                 for symbol, layers in model.networks.items()
             },
+            committee=False,
         )
         for m in range(model.members)
     )
@@ -102,18 +116,25 @@ def predict_committee(models: Potential | Sequence[Potential], frames: Sequence[
     Parameters
     ----------
     models
-        An ensemble, which is taken apart into `members`, or one model per member.
+        An ensemble, which is taken apart into `members`, or one model per member: trained one by one, each of them a
+        single network or an ensemble that is taken by its mean.
     frames
         ``n_frames`` molecules and crystals.
 
     Raises
     ------
+    ModelError
+        If there is no member, two are the same model, or an ensemble cannot be taken apart (`members`).
     ModelError, DataError
         As `tlmc.potentials.predict`.
     """
-    said = [predict(model, frames) for model in (members(models) if isinstance(models, Potential) else models)]
-    if not said:
+    each = list(members(models) if isinstance(models, Potential) else models)
+    if not each:
         raise ModelError("a committee needs members, got none")
+    for a, b in combinations(range(len(each)), 2):
+        if each[a] == each[b]:
+            raise ModelError(f"models {a} and {b} of the committee are one and the same, so that they cannot disagree")
+    said = [predict(model, frames) for model in each]
     forces = tuple(np.stack(of_frame) for of_frame in zip(*(one.forces for one in said), strict=True))
     return CommitteePredictions(np.stack([one.energies for one in said]), forces)
 

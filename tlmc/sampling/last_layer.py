@@ -18,6 +18,7 @@ drawn from a normal distribution as wide as the fitted :math:`\Delta w` are (ran
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Self
@@ -31,6 +32,7 @@ from scipy.linalg import cho_factor, cho_solve
 from scipy.sparse import bsr_array
 from torch import Tensor
 
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError, ModelError
 from tlmc.geometry import frame_hash
 from tlmc.labelled import Dataset
@@ -44,6 +46,7 @@ from tlmc.training.cache import Structure, build_cache
 FloatArray = NDArray[np.float64]
 
 
+@equal_by_content
 class Features(NamedTuple):
     """What the output layers act on, for one frame."""
 
@@ -91,6 +94,7 @@ class LastLayerCommittee:
             )
         self.model = model.to(torch.float64).with_reference(None)
         self.n_members, self.lambda_, self.penalty = n_members, lambda_, penalty
+        self._elements = tuple(elements)
         self._features: dict[str, Features] = {}
         # columns of each network: the weights of its output layer, then its bias
         self._places: dict[int, slice] = {}
@@ -99,6 +103,22 @@ class LastLayerCommittee:
             width = model.networks[model.symbols[k]][-1].weight.shape[1] + 1
             self._places[k] = slice(self.n_weights, self.n_weights + width)
             self.n_weights += width
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What decides a fit beside data and seed."""
+        digest = hashlib.sha256()
+        for symbol in self.model.symbols:
+            for layer in self.model.networks[symbol]:
+                for part in layer:
+                    digest.update(part.contiguous().numpy().tobytes())
+        return {
+            "model": {"weights": digest.hexdigest(), "element_map": dict(self.model.element_map)},
+            "elements": sorted(self._elements),
+            "n_members": self.n_members,
+            "lambda": self.lambda_,
+            "penalty": self.penalty,
+        }
 
     def fit(self, dataset: Dataset, seed: int) -> Self:
         """Fit all members to the labels of a data set.

@@ -25,9 +25,11 @@ from ase.calculators.calculator import BaseCalculator
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from tlmc.descriptors.aev import aev, neighbours
+from tlmc.descriptors.aev import aev
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError
 from tlmc.geometry import contacts, is_crystal
+from tlmc.potentials.calculator import TlmcCalculator, environment
 from tlmc.potentials.model import Potential
 from tlmc.potentials.network import forward
 
@@ -38,24 +40,36 @@ _LINEAR: Final = 1e-2
 """Length of a rotation about the axis over that about another one, below which a molecule counts as linear. A rotation
 about the axis of a molecule that is bent by rounding only would take a bending mode with it."""
 
+_ASYMMETRY: Final = 0.05
+"""Share of the largest second derivative by which finite differences may depend on the order of differentiation."""
+
 WAVENUMBER: Final = float(units._hbar * 1e10 / np.sqrt(units._e * units._amu) / units.invcm)
 """1/cm per root of eV / (Angstrom^2 u)."""
 
 
-def hessian(frame: Atoms, calculator: BaseCalculator, step: float = 0.01) -> FloatArray:
-    r"""Return second derivatives of the energy by central differences of forces.
+def hessian(frame: Atoms, calculator: BaseCalculator | Potential, step: float | None = None) -> FloatArray:
+    r"""Return second derivatives of the energy: exact ones of our models, else by central differences of forces.
 
-    :math:`H_{ab} = -[F_b(x + h e_a) - F_b(x - h e_a)] / 2h`, error O(h^2), then symmetrised. In a crystal all images of
-    an atom move together.
+    For a model of this package, or a :class:`tlmc.potentials.TlmcCalculator`, this is `exact_hessian`, unless a step is
+    asked for. For other calculators it is :math:`H_{ab} = -[F_b(x + h e_a) - F_b(x - h e_a)] / 2h`, symmetrised. In a
+    crystal all images of an atom move together.
+
+    The error of a difference is :math:`O(h^2)` only where forces are smooth. Those of the ANI models are not: the slope
+    of CELU has a kink, and so has that of the cosine cutoff at its end, so that second derivatives jump. A difference
+    across a jump is wrong by a share of it, whatever the step. With h = 0.01 in double precision, the sums over the
+    atoms, which should be zero (a crystal that moves as a whole feels no force), were off by 0.06 eV/Angstrom^2 for
+    ethanol and urea, and modes by up to 11 1/cm; with 1e-5, where few jumps lie within a step, by 1e-8 and less than
+    0.01. The sum rule is broken by the exact derivatives to rounding only.
 
     Parameters
     ----------
     frame
-        ``n_atoms`` atoms, as a rule at rest; it is not changed.
+        ``n_atoms`` atoms, as a rule at rest; it is not changed. Constraints do not count.
     calculator
-        Any ASE calculator with forces, called ``6 n_atoms`` times.
+        A model, or any ASE calculator with forces, which is called ``6 n_atoms`` times.
     step
-        h, Angstrom: larger steps feel the third derivatives' neighbours, smaller ones the rounding of the forces.
+        h, Angstrom, 0.01 for calculators of others: larger steps feel the third derivatives' neighbours, smaller ones
+        the rounding of the forces. If given, differences are taken of any calculator.
 
     Returns
     -------
@@ -65,13 +79,25 @@ def hessian(frame: Atoms, calculator: BaseCalculator, step: float = 0.01) -> Flo
     Raises
     ------
     ConfigError
-        If the step is not positive.
+        If the step is not positive, or given for a model without a calculator.
     DataError
         If the calculator returns a force that is not finite.
+    ModelError, DataError
+        Of a model, as `exact_hessian`.
     """
+    # not of a class derived from it, which may add to the energy
+    if type(calculator) is TlmcCalculator and step is None:
+        calculator = calculator.potential
+    if isinstance(calculator, Potential):
+        if step is not None:
+            raise ConfigError("second derivatives of a model are exact and take no step: hand in its TlmcCalculator")
+        return exact_hessian(calculator, frame)
+    step = 0.01 if step is None else step
     if not step > 0:
         raise ConfigError(f"the step of a finite difference must be positive, got {step} Angstrom")
     moved = frame.copy()
+    # an atom that is held in place would neither move nor feel a force
+    moved.set_constraint()
     moved.calc = calculator
     rows = []
     for k in range(3 * len(frame)):
@@ -109,12 +135,11 @@ def exact_hessian(model: Potential, frame: Atoms) -> FloatArray:
 
     Raises
     ------
-    ModelError
-        If the frame holds an element that the model does not cover.
+    ModelError, DataError
+        As `tlmc.potentials.predict`.
     """
     model = model.to(torch.float64)
-    species = model.species(frame)
-    pairs = neighbours(frame, model.aev.r_cut_radial)
+    species, pairs = environment(model, frame, "frame")
     positions = torch.tensor(frame.positions, dtype=torch.float64)
     # image shifts are constants: x_j + shift - x_i follows the atoms, several images of one atom included
     shifts = pairs.vectors - (positions[pairs.neighbour] - positions[pairs.centre])
@@ -165,6 +190,7 @@ def rigid_motions(frame: Atoms) -> FloatArray:
     return np.concatenate([translations, kept])
 
 
+@equal_by_content
 @dataclass(frozen=True)
 class NormalModes:
     """Vibrations of a structure, softest first."""
@@ -212,12 +238,19 @@ def normal_modes(frame: Atoms, hessian: FloatArray) -> NormalModes:
     Raises
     ------
     DataError
-        If the Hessian has another shape or is not finite, or as in `rigid_motions`.
+        If the Hessian has another shape, is not finite or far from symmetric, or as in `rigid_motions`.
     """
     n = len(frame)
     hessian = np.asarray(hessian, dtype=np.float64)
     if hessian.shape != (3 * n, 3 * n) or not np.isfinite(hessian).all():
         raise DataError(f"the Hessian of {n} atoms must be finite, of shape ({3 * n}, {3 * n}); got {hessian.shape}")
+    asymmetry, largest = np.abs(hessian - hessian.T).max(), np.abs(hessian).max()
+    if asymmetry > _ASYMMETRY * largest:
+        raise DataError(
+            f"{frame.get_chemical_formula()}: second derivatives must not depend on their order, but the Hessian and "
+            f"its transpose differ by {asymmetry:.3g} of {largest:.3g} eV/Angstrom^2"
+        )
+    hessian = 0.5 * (hessian + hessian.T)
     root = np.repeat(np.sqrt(frame.get_masses()), 3)
     rigid = rigid_motions(frame)
     # the rows of V that belong to no singular value span everything but the rigid motions
@@ -234,6 +267,7 @@ def normal_modes(frame: Atoms, hessian: FloatArray) -> NormalModes:
     )
 
 
+@equal_by_content
 class Samples(NamedTuple):
     """Structures drawn along normal modes."""
 

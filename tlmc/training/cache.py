@@ -38,6 +38,7 @@ from torch import Tensor
 
 from tlmc import paths
 from tlmc.descriptors.aev import BLOCK, BlockJacobian, aev, aev_jacobian, neighbours
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError
 from tlmc.files import write_json
 from tlmc.geometry import frame_hash
@@ -62,6 +63,7 @@ _UNFINISHED = ".partial-", ".removed-"
 _WEEK = 7 * 24 * 3600.0
 
 
+@equal_by_content
 class Structure(NamedTuple):
     """Descriptors of one frame, atoms sorted by species."""
 

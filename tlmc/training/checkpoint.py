@@ -47,6 +47,8 @@ def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as stream:
             metadata = json.loads((stream.metadata() or {})["tlmc"])
+            if not isinstance(metadata, dict):
+                raise KeyError("tlmc")
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a mapping
     except FileNotFoundError as error:
         raise ModelError(f"{path} does not exist") from error
@@ -82,6 +84,7 @@ def save_model(potential: Potential, path: Path | str, metadata: Mapping[str, An
             "reference": None if potential.reference is None else potential.reference.to_json(),
             "scale": potential.scale,
             "enrichment": None if potential.enrichment is None else potential.enrichment.to_json(),
+            "committee": potential.committee,
         },
         "versions": package_versions(),
         "git_revision": git_revision(),
@@ -136,8 +139,28 @@ def load_model(path: Path | str) -> tuple[Potential, dict[str, Any]]:
             reference=None if content["reference"] is None else ReferenceEnergies.from_json(content["reference"]),
             scale=content["scale"],
             enrichment=enrichment,
+            # files written before this was kept may be fine-tuned, so they do not count as one
+            committee=content.get("committee", False) is True,
         )
-    except (KeyError, IndexError, TypeError, ValueError, ConfigError) as error:
+        _check_shapes(potential)
+        metadata = {"versions": dict(description["versions"]), "git_revision": str(description["git_revision"])}
+        return potential, metadata | dict(description["metadata"])
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise ModelError(f"{path} lacks a part of the model or holds a wrong one: {error}") from error
-    metadata = {"versions": description["versions"], "git_revision": description["git_revision"]}
-    return potential, metadata | description["metadata"]
+
+
+def _check_shapes(potential: Potential) -> None:
+    """Make sure that the tensors are the networks of the model, all of one precision, and numbers."""
+    members, dtype = potential.members, potential.dtype
+    for symbol in potential.symbols:
+        n_in = potential.n_columns
+        for number, (weight, bias) in enumerate(potential.networks[symbol]):
+            n_out = weight.shape[-1] if number < len(potential.networks[symbol]) - 1 else 1
+            shapes = {"weight": (members, n_in, n_out), "bias": (members, 1, n_out)}
+            for (part, shape), tensor in zip(shapes.items(), (weight, bias), strict=True):
+                name = f"{symbol}.{number}.{part}"
+                if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                    raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {shape} {dtype}")
+                if not bool(tensor.isfinite().all()):
+                    raise ValueError(f"{name} holds values that are not finite")
+            n_in = n_out

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tlmc.equality import equal_by_content, equal_if_identical
 from tlmc.potentials.model import Layer, Potential
 from tlmc.potentials.network import CELU_ALPHA
 from tlmc.training.cache import DescriptorCache, Structure
@@ -43,6 +44,7 @@ from tlmc.training.loss import LossAndSlopes
 from tlmc.training.optimizer import Update, apply
 
 
+@equal_if_identical  # half of X is room for results
 class Batch(NamedTuple):
     """Several structures merged for the networks: atoms sorted by element over the whole batch."""
 
@@ -63,6 +65,7 @@ class Batch(NamedTuple):
     """Structure of every atom, structures following one another, int64."""
 
 
+@equal_by_content
 class EnergiesForces(NamedTuple):
     """Result of one forward and backward sweep."""
 
@@ -333,7 +336,8 @@ class Engine:
                 if on:
                     layers[number] = self._restore(number, views[k][number], layers[number], inactive)
             networks[symbol] = tuple(layers)
-        return replace(self.model, networks=networks)
+        # the loss saw the mean of the members only
+        return replace(self.model, networks=networks, committee=False)
 
     def _lay_out(self, number: int, layer: Layer, like: Tensor) -> Layer:
         """Bring a layer to the engine's precision and device, the first one without its inactive columns."""

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tlmc.descriptors.enrichment import Compression, fit_enrichment
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError, ModelError, problems_of
 from tlmc.files import atomic_path, write_json
 from tlmc.labelled import Dataset
@@ -77,7 +78,8 @@ class FinetuneConfig(BaseModel):
     """Begin from the start model's weights, or from N(0, 0.1)."""
     members: int | None = Field(None, ge=1)
     """Keep only so many members of the start model's ensemble, the first ones: the loss looks at their mean, so that
-    fewer of them are a narrower network, cheaper by far to train and to use, and a smaller committee."""
+    fewer of them are a narrower network, cheaper by far to train and to use. As for any fine-tuned ensemble, only their
+    mean is a prediction: they are no committee (:attr:`tlmc.potentials.Potential.committee`)."""
     layers: Literal["all", "hidden", "last"] = "all"
     """Which layers train; ``hidden`` is the thesis' "frozen input and output"."""
     warm_start: Literal["none", "ridge"] = "none"
@@ -171,6 +173,7 @@ def recipe(name: str, **changes: Any) -> FinetuneConfig:
         raise ConfigError(f"recipe {name}: {problems_of(error)}") from error
 
 
+@equal_by_content
 @dataclass(frozen=True)
 class FinetuneResult:
     """A fine-tuned model and how it came about."""

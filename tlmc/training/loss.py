@@ -6,9 +6,12 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from tlmc.equality import equal_by_content
+
 LossKind = Literal["mse", "huber"]
 
 
+@equal_by_content
 class LossAndSlopes(NamedTuple):
     """Loss of one batch and what back-propagation starts from."""
 

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from tlmc.equality import equal_by_content
+
 BETA1: Final = 0.9
 BETA2: Final = 0.999
 EPS: Final = 1e-8
 
 
+@equal_by_content
 class Update(NamedTuple):
     """One step of AdamW, whose tensors are changed in place; all have the shape of the flat weights."""
 
