@@ -201,7 +201,9 @@ def test_units_are_converted(
 
 
 def test_unknown_units_are_refused(frames: list[Atoms]) -> None:
-    with pytest.raises(DataError, match=r"a.traj: units must be one of eV, .*Hartree/Bohr.*, got 'Hartree'"):
+    with pytest.raises(
+        DataError, match=r"a.traj: units \(--units\) must be one of eV, .*Hartree/Bohr.*, got 'Hartree'"
+    ):
         dataset_from_frames(frames, name="a", source="a.traj", units="Hartree")
 
 
@@ -215,13 +217,14 @@ def strip(frame: Atoms) -> None:
         (
             lambda frames: [strip(frame) for frame in frames],
             {},
-            "a.traj: has no energy and no forces: name energy_key and forces_key; frame 0 has calculator results: no",
+            r"a.traj: has no energy and no forces: name energy_key \(--energy-key\) and forces_key \(--forces-key\); frame "
+            "0 has calculator results: no",
         ),
         (
             lambda frames: [frame.calc.results.pop("forces") for frame in frames],
             {},
-            "a.traj: has no forces: name energy_key and forces_key; frame 0 has calculator results: energy, stress; "
-            "info: nothing; arrays: nothing",
+            r"a.traj: has no forces: name energy_key .*forces_key \(--forces-key\); frame 0 has calculator results: energy, "
+            "stress; info: nothing; arrays: nothing",
         ),
         (
             lambda frames: strip(frames[1]),
@@ -246,7 +249,7 @@ def strip(frame: Atoms) -> None:
         (
             lambda frames: None,
             {"energy_key": "energy"},
-            "a.traj: name energy_key and forces_key, or no key at all, .*got 'energy', None and stress None",
+            "a.traj: name energy_key .* and forces_key .*, or no key at all, .*got 'energy', None and stress None",
         ),
         (
             lambda frames: frames[2].info.update(energy=3.0),
@@ -270,8 +273,18 @@ def strip(frame: Atoms) -> None:
         ),
         (
             lambda frames: frames[0].calc.results.update(stress=np.ones(5)),
-            {},
-            r"a.traj: frame 0 \(Ar4\): stress must have shape \(6,\), got \(5,\)",
+            {"stress_key": "stress"},
+            r"a.traj: frame 0 \(Ar4\): stress 'stress' must have shape \(6,\) or \(3, 3\), got \(5,\)",
+        ),
+        (
+            lambda frames: frames[1].calc.results["stress"].put(4, np.nan),
+            {"stress_key": "stress"},
+            r"a.traj: frame 1 \(Ar4\): stress 'stress' has a value that is not finite: nan",
+        ),
+        (
+            lambda frames: frames[2].info.update(S="low"),
+            {"stress_key": "S"},
+            r"a.traj: frame 2 \(Ar4\): stress 'S' is not numeric: 'low'",
         ),
     ],
 )
@@ -310,9 +323,13 @@ def test_a_reference_pair_beside_half_a_calculator_is_ambiguous(frames: list[Ato
         ("a.traj", b"", "a.traj: is empty"),
         ("a.extxyz", b"", "a.extxyz: is empty"),
         ("a.traj", b"not a trajectory", r"a.traj: ASE cannot read it \(InvalidULMFileError: This is not an ULM"),
-        ("a.extxyz", b"garbage\nfoo\n", r"a.extxyz: ASE cannot read it \(XYZError: .*Expected xyz header"),
-        ("a.extxyz", b"3\n\nH 0 0 0\n", r"a.extxyz: ASE cannot read it \(XYZError: .*Frame has 1 atoms, expected 3"),
-        ("a.extxyz", b"1\n\nXx 0 0 0\n", r"a.extxyz: ASE cannot read it \(KeyError: 'Xx'\)"),
+        (
+            "a.extxyz",
+            b"garbage\nfoo\n",
+            "a.extxyz: Expected xyz header: line 1 must be the number of atoms of frame 0, got",
+        ),
+        ("a.extxyz", b"3\n\nH 0 0 0\n", "a.extxyz: frame 0: Frame has 1 atoms, expected 3: the file"),
+        ("a.extxyz", b"1\n\nXx 0 0 0\n", "a.extxyz: frame 0: line 3: atom 0 is of an unknown element: 'Xx'"),
         ("a.db", b"garbage", r"a.db: ASE cannot read it \(DatabaseError: file is not a database\)"),
         ("vasprun.xml", b"<modeling><x", r"vasprun.xml: ASE cannot read it \(ParseError"),
         ("OUTCAR", b"hello", r"OUTCAR: ASE cannot read it \(ParseError: Incomplete OUTCAR"),

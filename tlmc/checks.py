@@ -67,6 +67,7 @@ def check_dataset(dataset: Dataset) -> None:
     for check in checks:
         _refuse(dataset, check(dataset))
     _check_duplicates(dataset)
+    _warn_of_missing_cells(dataset)
 
 
 def require_crystals(dataset: Dataset) -> None:
@@ -333,6 +334,21 @@ def _check_duplicates(dataset: Dataset) -> None:
     )
 
 
+def _warn_of_missing_cells(dataset: Dataset) -> None:
+    """Warn where the same atoms are periodic in some frames and not in others, as if a lattice were missing."""
+    periodic: dict[bytes, int] = {}
+    for k, frame in enumerate(dataset.frames):
+        if frame.pbc.any():
+            periodic.setdefault(frame.numbers.tobytes(), k)
+    bare = [k for k, frame in enumerate(dataset.frames) if not frame.pbc.any() and frame.numbers.tobytes() in periodic]
+    if bare:
+        logger.warning(
+            "%s: frame %d%s: not periodic, but frame %d of the same atoms is: is a lattice missing?",
+            dataset.source, dataset.frame_numbers[bare[0]], and_others(len(bare)),
+            dataset.frame_numbers[periodic[dataset.frames[bare[0]].numbers.tobytes()]],
+        )  # fmt: skip
+
+
 def _conflict(dataset: Dataset, k: int, first: int) -> str:
     """Say how the labels of a frame contradict those of another with its geometry, empty if they agree.
 
@@ -349,7 +365,9 @@ def _conflict(dataset: Dataset, k: int, first: int) -> str:
         and np.allclose(one.positions, other.positions, atol=_SAME_PLACE)
     )
     gap, atom = _force_gap(dataset, k, first, in_place)
-    if gap > _FORCE_CONFLICT:
+    # small forces are noise in part; of a copy that is moved a little they also differ in truth
+    largest = float(np.linalg.norm(dataset.forces[first], axis=1).max())
+    if gap > (np.clip(0.1 * largest, 0.2 * _FORCE_CONFLICT, _FORCE_CONFLICT) if in_place else _FORCE_CONFLICT):
         where = f", by {gap:.4g} eV/A on atom {atom} ({one.symbols[atom]})" if in_place else f", by {gap:.4g} eV/A"
         return f"other forces{where}"
     stress, reference = dataset.stresses[k], dataset.stresses[first]

@@ -486,17 +486,17 @@ def _part(frames: Sequence[Atoms], source: str, said: Mapping[int, str]) -> tupl
             kept.append(k)
             if flag is not None:
                 suspicious.append(f"frame {k} says {flag[0]}: are its energy and forces converged?")
-    for sentences in (reasons, suspicious):
-        if sentences:
-            logger.warning("%s: %s%s", source, sentences[0], and_others(len(sentences)))
     if not kept:
-        if atoms:
+        if not reasons:
             formulas = ", ".join(dict.fromkeys(str(frames[k].symbols) for k in atoms))
             raise DataError(
                 f"{source}: holds nothing but isolated atoms (frame {atoms[0]} is the first of {len(atoms)}; "
                 f"{formulas}): their energies are no structures to learn from"
             )
         raise DataError(f"{source}: {reasons[0]}{and_others(len(reasons))}: nothing is left")
+    for sentences in (reasons, suspicious):
+        if sentences:
+            logger.warning("%s: %s%s", source, sentences[0], and_others(len(sentences)))
     return kept, atoms
 
 

@@ -175,8 +175,15 @@ def find_names(
     pairs = [(one, other) for tag in energies for one in energies[tag] for other in forces.get(tag, [])]
 
     def names(energy: str, force: str, tag: str, computed: bool) -> LabelNames:
-        stresses = _by_tag(info, "stress(?:es)?").get(tag, []) + _by_tag(info, "virials?").get(tag, [])
-        found = (*(["stress"] if not tag else []), *stresses)
+        places = [*info, *arrays, *("stress" for frame in frames if "stress" in results(frame))]
+        stresses, virials = _by_tag(places, "stress(?:es)?"), _by_tag(places, "virials?")
+        found = stresses.get(tag, []) + virials.get(tag, [])
+        # under another prefix it is of another method if energies or forces are there under that, too
+        others = {*stresses, *virials} - {*energies, *forces} - ({""} if computed else set())
+        if not found and len(others) == 1:
+            other = others.pop()
+            found = stresses.get(other, []) + virials.get(other, [])
+            logger.info("%s: stress is %s", source, " or ".join(found))
         return LabelNames(energy, force, asked or tuple(dict.fromkeys(found)), computed, stress_key is not None)
 
     if len(computed) == 2:
@@ -325,17 +332,19 @@ def _stress(values: list[Any], key: str, volume: float, units: UnitFactors) -> N
     ValueError
         With the rest of a sentence that begins with its name.
     """
-    found = []
-    for value in values:
-        try:
-            found.append(numbers(value).squeeze())
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"is not numeric: {value!r}") from error
-    stress = found[0]
-    if any(other.shape != stress.shape or not np.allclose(other, stress, equal_nan=True) for other in found[1:]):
+    found = [_one_stress(value, key, volume, units) for value in values]
+    if any(not np.allclose(other, found[0]) for other in found[1:]):
         raise ValueError("is ambiguous: calculator results, info or arrays disagree")
+    return found[0]
+
+
+def _one_stress(value: Any, key: str, volume: float, units: UnitFactors) -> NDArray[np.float64]:
+    try:
+        stress = numbers(value).squeeze()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"is not numeric: {value!r}") from error
     if stress.shape not in ((6,), (9,), (3, 3)):
-        raise ValueError(f"must have shape (6,) or (3, 3), got {np.shape(values[0])}")
+        raise ValueError(f"must have shape (6,) or (3, 3), got {np.shape(value) or stress.shape}")
     if not np.isfinite(stress).all():
         raise ValueError(f"has a value that is not finite: {stress.ravel()[~np.isfinite(stress.ravel())][0]}")
     # an energy, and positive where the atoms push outwards
@@ -416,8 +425,10 @@ def _factors(said: Sequence[tuple[str, str, str]], where: str, units: str | None
         preset = next((UNITS[name] for name in UNITS if name.lower() == text.strip().lower()), None)
         preset = {"metal": UNITS["eV"], "ase": UNITS["eV"], "real": UNITS["kcal/mol"]}.get(text.strip().lower(), preset)
         if preset is not None:
-            add(key, "energy", text, preset[1])
-            add(key, "forces", text, preset[1] / preset[2])
+            for quantity, words, factor in zip(
+                ("energy", "forces"), preset[0].split(", "), (preset[1], preset[1] / preset[2]), strict=True
+            ):
+                add(key, quantity, words, factor)
             continue
         for part in re.split("[,;]", text):
             if part.strip().lower() in ("au", "a.u.", "a.u", "atomic"):

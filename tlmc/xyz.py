@@ -170,6 +170,8 @@ def _atoms(frame: _Frame, k: int, notes: defaultdict[str, list[int]]) -> Atoms:
                 f"{frame.where} (line {frame.line}): ASE cannot read it ({type(again).__name__}: {reason})"
             ) from again
     atoms.info |= labels
+    if len(rows) > 1 and not rows[-1].endswith("\n") and _decimals(rows[-1]) < _decimals(rows[-2]):
+        notes["the file ends without a line's end and with fewer digits than before: is it cut off?"].append(k)
     if atoms.cell.rank == 3 and not atoms.pbc.any():
         notes["has a cell but is periodic along nothing (pbc): it is read as a molecule"].append(k)
     return atoms
@@ -338,6 +340,11 @@ def _refuse_rows(frame: _Frame, columns: Sequence[_Column]) -> tuple[list[str], 
                 repaired.add(f"{text.capitalize()} ({'deuterium' if text in 'Dd' else 'tritium'}) is read as H")
         rows.append(" ".join(values) + "\n")
     return rows, repaired
+
+
+def _decimals(row: str) -> int:
+    """Count the digits after the last decimal point of a line."""
+    return len(row.rstrip().rpartition(".")[2])
 
 
 def _reads(convert: type, text: str) -> bool:
