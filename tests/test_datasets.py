@@ -217,14 +217,14 @@ def strip(frame: Atoms) -> None:
         (
             lambda frames: [strip(frame) for frame in frames],
             {},
-            r"a.traj: has no energy and no forces: name energy_key \(--energy-key\) and forces_key \(--forces-key\); frame "
-            "0 has calculator results: no",
+            r"a.traj: has no energy and no forces: name energy_key \(--energy-key\) and forces_key \(--forces-key\); "
+            "frame 0 has calculator results: no",
         ),
         (
             lambda frames: [frame.calc.results.pop("forces") for frame in frames],
             {},
-            r"a.traj: has no forces: name energy_key .*forces_key \(--forces-key\); frame 0 has calculator results: energy, "
-            "stress; info: nothing; arrays: nothing",
+            r"a.traj: has no forces: name energy_key .*forces_key \(--forces-key\); frame 0 has calculator results: "
+            "energy, stress; info: nothing; arrays: nothing",
         ),
         (
             lambda frames: strip(frames[1]),

@@ -28,7 +28,8 @@ def lines() -> list[list[str]]:
         frames.append(
             [
                 "4",
-                f'Lattice="{cell}" Properties=species:S:1:pos:R:3:forces:R:3 energy={results["energy"]:.10f} pbc="T T T"',
+                f'Lattice="{cell}" Properties=species:S:1:pos:R:3:forces:R:3 '
+                f'energy={results["energy"]:.10f} pbc="T T T"',
             ]
             + [
                 f"Ar {' '.join(f'{x:.8f}' for x in [*position, *force])}"

@@ -174,10 +174,10 @@ def find_names(
     energies, forces = _by_tag(info, "energy|energies"), _by_tag(arrays, "forces?")
     pairs = [(one, other) for tag in energies for one in energies[tag] for other in forces.get(tag, [])]
 
-    def names(energy: str, force: str, tag: str, computed: bool) -> LabelNames:
+    def names(energy: str, force: str, tags: Sequence[str], computed: bool) -> LabelNames:
         places = [*info, *arrays, *("stress" for frame in frames if "stress" in results(frame))]
         stresses, virials = _by_tag(places, "stress(?:es)?"), _by_tag(places, "virials?")
-        found = stresses.get(tag, []) + virials.get(tag, [])
+        found = [key for tag in tags for key in stresses.get(tag, []) + virials.get(tag, [])]
         # under another prefix it is of another method if energies or forces are there under that, too
         others = {*stresses, *virials} - {*energies, *forces} - ({""} if computed else set())
         if not found and len(others) == 1:
@@ -189,19 +189,19 @@ def find_names(
     if len(computed) == 2:
         for one, other in pairs:
             logger.warning("%s: labels are the calculator results, not %s and %s", source, one, other)
-        return names("energy", "forces", "", computed=True)
+        return names("energy", "forces", [""], computed=True)
     # half of the labels can be the calculator's: GPUMD writes energy, which ASE takes for one's, with a column force
     halves = [("energy", other) for other in forces.get("", []) if "energy" in computed]
     halves += [(one, "forces") for one in energies.get("", []) if "forces" in computed]
     if len(pairs + halves) == 1 and (halves or not computed):
         one, other = (pairs + halves)[0]
         logger.info("%s: labels are %s and %s", source, one, other)
-        return names(one, other, _tag(one, "energy|energies") or "", computed=False)
+        return names(one, other, [_tag(one, "energy|energies") or ""], computed=False)
     every = [key for keys in energies.values() for key in keys]
     if not pairs and not computed and len(every) == 1 and len(forces.get("", [])) == 1 and len(forces) == 1:
         one, other = every[0], forces[""][0]
         logger.warning("%s: labels are %s and %s; %s if they are not of one method", source, one, other, NAME_BOTH)
-        return names(one, other, _tag(one, "energy|energies") or "", computed=False)
+        return names(one, other, [_tag(one, "energy|energies") or "", ""], computed=False)
     if pairs or halves:
         found = [f"{one} with {other}" for one, other in pairs + halves] + [
             f"{key} of a calculator" for key in computed
