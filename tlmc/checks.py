@@ -288,7 +288,7 @@ def _other_charge(dataset: Dataset) -> _Problems:
         if states[k] != states[first[k]]
     ]
     if not problems:
-        by_formula: defaultdict[str, set[tuple[float, float]]] = defaultdict(set)
+        by_formula: defaultdict[str, set[tuple[tuple[str, float], ...]]] = defaultdict(set)
         for frame, state in zip(dataset.frames, states, strict=True):
             by_formula[frame.get_chemical_formula()].add(state)
         mixed = [formula for formula, found in by_formula.items() if len(found) > 1]
@@ -303,15 +303,17 @@ def _other_charge(dataset: Dataset) -> _Problems:
     return problems
 
 
-def _states(dataset: Dataset) -> list[tuple[float, float]]:
-    """Return charge and spin of each frame; where some say nothing, they are neutral, and in the first spin said."""
-    spins = [state["spin"] for state in dataset.charge_states if "spin" in state]
-    usual = spins[0] if spins else 0.0
-    return [(state.get("charge", 0.0), state.get("spin", usual)) for state in dataset.charge_states]
+def _states(dataset: Dataset) -> list[tuple[tuple[str, float], ...]]:
+    """Return charge and spin of each frame; where one says nothing: neutral, no moment, and the first spin said."""
+    usual: dict[str, float] = {}
+    for state in dataset.charge_states:
+        for name, value in state.items():
+            usual.setdefault(name, value if name == "spin" else 0.0)
+    return [tuple((name, state.get(name, usual[name])) for name in usual) for state in dataset.charge_states]
 
 
-def _words(state: tuple[float, float]) -> str:
-    return f"charge {state[0]:g}, spin {state[1]:g}"
+def _words(state: tuple[tuple[str, float], ...]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in state)
 
 
 def _check_duplicates(dataset: Dataset) -> None:

@@ -122,7 +122,7 @@ Borrow = Annotated[
 EnergyKey = Annotated[str | None, typer.Option(help="Name of the energies in the file, e.g. REF_energy.")]
 ForcesKey = Annotated[str | None, typer.Option(help="Name of the forces in the file, e.g. REF_forces.")]
 StressKey = Annotated[
-    str | None, typer.Option(help="Name of the stress or virial in the file, which must be usable then.")
+    str | None, typer.Option(help="Name of the stress in the file, or of the virial: that has virial in its name.")
 ]
 CrystalsOnly = Annotated[bool, typer.Option("--crystals-only", help="Leave isolated molecules out.")]
 Recipe = Annotated[str, typer.Option(help="thesis, short, quick, rich, thorough, scratch or frozen.")]

@@ -135,8 +135,8 @@ def load_dataset(
     energy_key, forces_key
         Names of the labels; both or neither.
     stress_key
-        Name of the stress, ``(6,)`` Voigt or ``(3, 3)``, in ASE's sign, or of a virial (an energy, of the other sign),
-        which must be usable then; frames may lack it.
+        Name of the stress, ``(6,)`` in ASE's order or ``(3, 3)``, in ASE's sign, which must be usable then; frames may
+        lack it. One with ``virial`` in its name is an energy, of the other sign.
     units
         Units of the labels: ``eV`` (with eV/Angstrom), ``Hartree/Bohr``, ``Hartree/Angstrom`` or ``kcal/mol``
         (with kcal/mol/Angstrom). Stresses are in that energy unit per cubed length unit; positions are in Angstrom.

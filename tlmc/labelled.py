@@ -16,11 +16,15 @@ from numpy.typing import ArrayLike, NDArray
 from tlmc.geometry import canonical_bytes, duplicate_groups, element_counts, frame_hash, is_crystal
 
 # Keys of info, by their letters alone, and which part of the charge state they say.
-_CHARGES = ("charge", "totalcharge", "netcharge", "totcharge", "chargetotal", "molecularcharge", "initialcharge")
-_SPINS = (
-    "spin", "multiplicity", "spinmultiplicity", "mult", "totalspin", "spintotal", "uhf", "unpairedelectrons",
-    "initialmagmom",
-)  # fmt: skip
+_CHARGE_KEYS = {
+    "charge": (
+        "charge", "totalcharge", "netcharge", "totcharge", "chargetotal", "molecularcharge", "initialcharge",
+    ),
+    "spin": (
+        "spin", "multiplicity", "spinmultiplicity", "mult", "totalspin", "spintotal", "uhf", "unpairedelectrons",
+    ),
+    "magnetic moment": ("initialmagmom",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +94,7 @@ class Dataset:
 
     @cached_property
     def charge_states(self) -> tuple[Mapping[str, float], ...]:
-        """Per frame the total ``charge`` and ``spin`` (or multiplicity) as its ``info`` says; ``{}`` if it does not."""
+        """Per frame ``charge``, ``spin`` (or multiplicity) and initial ``magnetic moment``, those that it says."""
         return tuple(_charge_state(frame.info) for frame in self.frames)
 
     @cached_property
@@ -143,7 +147,7 @@ def letters(key: str) -> str:
 def _charge_state(info: Mapping[Any, Any]) -> dict[str, float]:
     said = {letters(str(key)): value for key, value in info.items()}
     state = {}
-    for name, keys in (("charge", _CHARGES), ("spin", _SPINS)):
+    for name, keys in _CHARGE_KEYS.items():
         for key in keys:
             value = said.get(key)
             if isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and np.isfinite(value):
