@@ -167,6 +167,17 @@ def test_stress_key_alone_goes_with_labels_found(frames: list[Atoms]) -> None:
         np.testing.assert_array_equal(dataset.stresses[k], frame.calc.results["stress"] * 2)
 
 
+def test_stress_and_virial_must_agree(frames: list[Atoms], caplog: pytest.LogCaptureFixture) -> None:
+    right = {"stress": lambda frame: np.eye(3), "virial": lambda frame: -np.eye(3) * frame.get_volume()}
+    dataset = dataset_from_frames(bare(frames, **right), name="a")
+    assert not caplog.text
+    assert dataset.stresses[0].tolist() == [1, 1, 1, 0, 0, 0]
+    wrong = bare(frames, **right | {"virial": lambda frame: np.eye(3) * frame.get_volume()})
+    assert dataset_from_frames(wrong, name="a").stresses == (None,) * 4
+    assert "frame 0: stress 'stress' and 'virial' contradict each other, by 2 eV/A^3 (and 3 more frames)" in caplog.text
+    assert dataset_from_frames(wrong, name="a", stress_key="virial").stresses[0].tolist() == [-1, -1, -1, 0, 0, 0]
+
+
 def test_a_stress_of_another_method_is_not_taken(frames: list[Atoms], caplog: pytest.LogCaptureFixture) -> None:
     changed = bare(frames, REF_stress=matrix, REF_energy=lambda frame: -1.0)
     dataset = dataset_from_frames(changed, name="a")
@@ -386,6 +397,13 @@ def test_atoms_without_energy_are_said_and_bad_ones_refused(
     mixed[0].info["REF_energy"] = np.nan
     with pytest.raises(DataError, match="frame 0, an isolated Ne atom, has an energy of nan"):
         dataset_from_frames(mixed, name="a")
+
+
+def test_charged_atoms_are_no_free_atoms(frames: list[Atoms], caplog: pytest.LogCaptureFixture) -> None:
+    mixed = with_atoms(frames)
+    mixed[4].info["charge"] = -1
+    assert dict(dataset_from_frames(mixed, name="a").free_atoms) == {"Ne": -2.0, "Ar": -1.0}
+    assert "frame 4, an isolated Ar atom, is charged (-1): left out" in caplog.text
 
 
 def test_isolated_atoms_alone_are_refused(frames: list[Atoms]) -> None:

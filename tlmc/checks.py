@@ -176,7 +176,7 @@ def _overlapping(dataset: Dataset) -> _Problems:
 def _impossible_energy(dataset: Dataset) -> _Problems:
     if len(dataset) > 1 and not dataset.energies.any():
         return [(k, "has an energy of exactly 0 eV, as have all: are they labels?") for k in range(len(dataset))]
-    hint = "units must be given if they are not eV, e.g. units='kcal/mol' or 'Hartree/Bohr'"
+    hint = "units must be given if they are not eV, e.g. units='kcal/mol' (--units kcal/mol) or 'Hartree/Bohr'"
     per_atom = dataset.energies / dataset.n_atoms
     problems: _Problems = []
     by_composition: defaultdict[str, list[int]] = defaultdict(list)
@@ -208,7 +208,7 @@ def _impossible_force(dataset: Dataset) -> _Problems:
             if len(norm) > 1
         ]
     largest = [(k, int(norm.argmax()), float(norm.max())) for k, norm in enumerate(norms)]
-    hint = "forces must be in eV/A, or units given, e.g. units='kcal/mol' or 'Hartree/Bohr'"
+    hint = "forces must be in eV/A, or units given, e.g. units='kcal/mol' (--units kcal/mol) or 'Hartree/Bohr'"
     problems = [
         (k, f"has a force of {value:.4g} eV/A on atom {atom} ({dataset.frames[k].symbols[atom]}); {hint}")
         for k, atom, value in largest

@@ -34,7 +34,7 @@ from tlmc.convergence import read_convergence
 from tlmc.downloads import describe, first_to_answer
 from tlmc.errors import DataError
 from tlmc.files import sha256_file
-from tlmc.labelled import Dataset
+from tlmc.labelled import Dataset, charge_state
 from tlmc.labels import (
     LabelNames,
     collect,
@@ -254,7 +254,9 @@ def _read(path: Path) -> tuple[list[Atoms], dict[int, str]]:
     else:
         for remark in convergence.remarks:
             logger.warning("%s: %s", path, remark)
-    for sentence in dict.fromkeys(str(c.message) for c in complaints if issubclass(c.category, UserWarning)):
+    for sentence in dict.fromkeys(
+        str(c.message) for c in complaints if issubclass(c.category, (UserWarning, RuntimeWarning))
+    ):
         logger.warning("%s: ASE says: %s", path, sentence)
     return frames, said
 
@@ -519,6 +521,10 @@ def _free_atoms(
             continue
         if energy.size != 1 or not np.isfinite(energy).all():
             raise DataError(f"{source}: frame {k}, an isolated {symbol} atom, has an energy of {energy.tolist()}")
+        charge = charge_state(frames[k].info).get("charge", 0.0)
+        if charge:
+            logger.warning("%s: frame %d, an isolated %s atom, is charged (%g): left out", source, k, symbol, charge)
+            continue
         value = float(energy.item() * factor.energy)
         if symbol in found and abs(found[symbol][0] - value) > _SAME_ATOM:
             first = found[symbol]

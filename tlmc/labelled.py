@@ -95,7 +95,7 @@ class Dataset:
     @cached_property
     def charge_states(self) -> tuple[Mapping[str, float], ...]:
         """Per frame ``charge``, ``spin`` (or multiplicity) and initial ``magnetic moment``, those that it says."""
-        return tuple(_charge_state(frame.info) for frame in self.frames)
+        return tuple(charge_state(frame.info) for frame in self.frames)
 
     @cached_property
     def elements(self) -> tuple[str, ...]:
@@ -144,7 +144,8 @@ def letters(key: str) -> str:
     return "".join(re.findall("[a-z]", key.lower()))
 
 
-def _charge_state(info: Mapping[Any, Any]) -> dict[str, float]:
+def charge_state(info: Mapping[Any, Any]) -> dict[str, float]:
+    """Return what the info of a frame says of its total charge and spin."""
     said = {letters(str(key)): value for key, value in info.items()}
     state = {}
     for name, keys in _CHARGE_KEYS.items():

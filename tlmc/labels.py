@@ -41,7 +41,7 @@ _TAGS = "ref|dft|qm|reference"
 _POWERS = {"energy": (1, 0), "forces": (1, -1), "stress": (1, -3), "virial": (1, 0), "length": (0, 1)}
 # Names of quantities in keys such as `energy-unit`, `forcesUnits`, `unit_of_length`.
 _QUANTITIES = {
-    "energy": "energy|energies", "forces": "forces?", "stress": "stress|stresses|pressure", "virial": "virials?",
+    "energy": "energy|energies", "forces": "forces?", "stress": "stress|stresses", "virial": "virials?",
     "length": "length|distance|positions?|pos|coordinates?|coords?|cell|lattice",
 }  # fmt: skip
 _UNIT_KEYS = {
@@ -309,9 +309,12 @@ def collect_stresses(
                 if not frame.pbc.any() or frame.cell.rank < 3:
                     raise ValueError("of a frame that is not periodic means nothing")
                 stress = _stress(values, key, abs(frame.cell.volume), units)
+                for other, more in options[1:]:
+                    _agree(stress, more, key, other, abs(frame.cell.volume), units)
             except ValueError as error:
                 if names.stress_asked and frame.pbc.any():
                     raise DataError(f"{source}: frame {k} ({frame.symbols}): stress {key!r} {error}") from error
+                stress = None
                 kind = "not periodic" if not frame.pbc.any() else ""
                 dropped[kind].append(f"frame {k}: stress {key!r} {error}")
         stresses.append(stress)
@@ -336,6 +339,26 @@ def _stress(values: list[Any], key: str, volume: float, units: UnitFactors) -> N
     if any(not np.allclose(other, found[0]) for other in found[1:]):
         raise ValueError("is ambiguous: calculator results, info or arrays disagree")
     return found[0]
+
+
+def _agree(
+    stress: NDArray[np.float64], values: list[Any], key: str, other: str, volume: float, units: UnitFactors
+) -> None:
+    """Refuse a stress beside another that can be used and is not the same.
+
+    Raises
+    ------
+    ValueError
+        With the rest of a sentence that begins with its name.
+    """
+    if other == key:
+        return
+    try:
+        second = _stress(values, other, volume, units)
+    except ValueError:
+        return
+    if np.abs(second - stress).max() > _ASYMMETRY * np.abs(stress).max() + _SMALL_STRESS:
+        raise ValueError(f"and {other!r} contradict each other, by {np.abs(second - stress).max():.4g} eV/A^3")
 
 
 def _one_stress(value: Any, key: str, volume: float, units: UnitFactors) -> NDArray[np.float64]:
