@@ -343,8 +343,8 @@ def _refuse_rows(frame: _Frame, columns: Sequence[_Column]) -> tuple[list[str], 
 
 
 def _decimals(row: str) -> int:
-    """Count the digits after the last decimal point of a line."""
-    return len(row.rstrip().rpartition(".")[2])
+    """Count the digits after the decimal point of the last number of a line."""
+    return len(row.split()[-1].partition(".")[2])
 
 
 def _reads(convert: type, text: str) -> bool:
