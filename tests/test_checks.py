@@ -281,6 +281,20 @@ def test_charge_states_that_differ_are_named(
         dataset_from_frames([*frames, again], name="a", source="a.traj")
 
 
+def test_guesses_per_atom_are_no_charge_states(frames: list[Atoms], caplog: pytest.LogCaptureFixture) -> None:
+    for k, frame in enumerate(frames):
+        frame.set_initial_charges([0.3, -0.3, 0.2, -0.2 + 0.001 * k])
+        frame.set_initial_magnetic_moments([1, -1, 0, 0.1 * k])
+    results = frames[0].calc.results
+    again = labelled(frames[0].copy(), results["energy"], results["forces"])
+    dataset_from_frames(frames, name="a")
+    assert not caplog.text
+    again.set_initial_magnetic_moments([1, 1, 1, 1])
+    dataset_from_frames([*frames, again], name="a")
+    assert "CHARGE STATES DIFFER" in caplog.text
+    assert "1 of 4 frames repeat the geometry" in caplog.text
+
+
 @pytest.mark.parametrize("info", [{"charge": 0}, {"charge": 1, "spin": 2}, {"charge": "none"}, {"charge": np.zeros(4)}])
 def test_one_charge_state_is_nothing_to_say(
     frames: list[Atoms], caplog: pytest.LogCaptureFixture, info: dict[str, object]

@@ -152,6 +152,7 @@ def charge_state(info: Mapping[Any, Any]) -> dict[str, float]:
         for key in keys:
             value = said.get(key)
             if isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and np.isfinite(value):
-                state[name] = float(value)
+                # the sum of guesses per atom, which may be fractions
+                state[name] = round(float(value), 0 if name == "magnetic moment" else 1) + 0.0
                 break
     return state

@@ -297,7 +297,12 @@ def _columns(frame: _Frame, header: dict[str, Any]) -> tuple[_Column, ...]:
 def _properties(text: str) -> tuple[str, tuple[_Column, ...]]:
     """Return Properties as ASE spells it, and its columns."""
     fields = text.split(":")
-    names = [_COLUMNS.get(name.lower(), name) for name in fields[::3]]
+    given = [name.lower() for name in fields[::3]]
+    # a second name of the elements is a column like any other
+    names = [
+        _COLUMNS.get(low, name) if low != "element" or not {"species", "symbols", "z"} & {*given} else name
+        for low, name in zip(given, fields[::3], strict=True)
+    ]
     kinds, counts = [kind.upper() for kind in fields[1::3]], fields[2::3]
     if len(fields) % 3 or not {*kinds} <= {*"SRIL"} or not all(count.isdigit() for count in counts):
         raise ValueError("must be name:type:columns with a type of S, R, I or L")
