@@ -11,8 +11,7 @@ from xml.etree.ElementTree import ParseError, iterparse
 _COMPLAINTS = re.compile(
     r"convergence NOT achieved|SCF (?:run )?(?:is )?NOT CONVERGED|Wavefunction not fully converged|"
     r"Convergence failure -- run terminated|Calculation failed to converge|"
-    r"max\. SCF cycles performed but system has not reached|Self-consistency cycle not yet converged|"
-    r"Did not converge!",
+    r"max\. SCF cycles performed but system has not reached|Did not converge!",
     re.IGNORECASE,
 )
 _OUTPUTS = (
@@ -89,7 +88,8 @@ def _vasprun(path: Path) -> Convergence:
     try:
         for _, element in iterparse(path):
             if element.tag == "i" and element.get("name") == "NELM":
-                most = int(element.text or 0)
+                text = (element.text or "").strip()
+                most = int(text) if text.isdigit() else 0
             elif element.tag == "calculation":
                 if 1 < most <= len(element.findall("scstep")):
                     unconverged[step] = f"all NELM = {most} electronic steps were used up"
