@@ -397,7 +397,7 @@ def unit_factors(
         one of several.
     """
     if units is not None and units not in UNITS:
-        raise DataError(f"{source}: units (--units) must be one of {', '.join(UNITS)}, got {units!r}")
+        raise DataError(f"{source}: units must be one of {', '.join(UNITS)} (--units), got {units!r}")
     known: dict[tuple[tuple[str, str, str], ...], UnitFactors] = {}
     factors = []
     for k, frame in zip(frame_numbers, frames, strict=True):
