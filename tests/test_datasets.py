@@ -201,9 +201,7 @@ def test_units_are_converted(
 
 
 def test_unknown_units_are_refused(frames: list[Atoms]) -> None:
-    with pytest.raises(
-        DataError, match=r"a.traj: units must be one of eV, .*Hartree/Bohr.*, got 'Hartree'"
-    ):
+    with pytest.raises(DataError, match=r"a.traj: units must be one of eV, .*Hartree/Bohr.*, got 'Hartree'"):
         dataset_from_frames(frames, name="a", source="a.traj", units="Hartree")
 
 

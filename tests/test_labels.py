@@ -188,6 +188,13 @@ def test_a_stress_of_another_method_is_not_taken(frames: list[Atoms], caplog: py
     assert "memory: REF_stress not read: name stress_key (--stress-key)" in caplog.text
 
 
+def test_a_virial_in_a_flat_cell_is_no_division_by_zero(frames: list[Atoms]) -> None:
+    changed = bare(frames, virial=lambda frame: np.eye(3))
+    changed[1].cell[2] = changed[1].cell[0] + changed[1].cell[1]
+    with pytest.raises(DataError, match="memory: frame 1 has a cell of zero volume"):
+        dataset_from_frames(changed, name="a")
+
+
 def test_the_stress_of_a_molecule_is_dropped_with_a_note(caplog: pytest.LogCaptureFixture) -> None:
     water = [labelled(molecule("H2O"), -14.0 - k, np.full((3, 3), 0.1 * k), stress=np.ones(6)) for k in range(1, 3)]
     water[1].positions[0, 2] += 0.1

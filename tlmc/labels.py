@@ -55,6 +55,8 @@ _CONVERGED_KEYS = re.compile(r"(?:is)?(?:un|not|non)?converged")
 _NO, _YES = {"f", "false", "0", "no", "n", "0.0"}, {"t", "true", "1", "yes", "y", "1.0"}
 # How much a stress may miss its transpose: part of its largest component, and eV/A^3.
 _ASYMMETRY, _SMALL_STRESS = 0.01, 1e-4
+# Angstrom^3 below which there is no cell.
+_NO_VOLUME = 1e-6
 
 
 class LabelNames(NamedTuple):
@@ -306,7 +308,8 @@ def collect_stresses(
         if options:
             key, values = options[0]
             try:
-                if not frame.pbc.any() or frame.cell.rank < 3:
+                # of less than a cell with a volume `check_dataset` says what is wrong
+                if not frame.pbc.any() or abs(frame.cell.volume) < _NO_VOLUME:
                     raise ValueError("of a frame that is not periodic means nothing")
                 stress = _stress(values, key, abs(frame.cell.volume), units)
                 for other, more in options[1:]:
