@@ -10,7 +10,10 @@ import pytest
 from argon import argon, labelled
 from ase import Atoms
 from ase.build import molecule
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 from ase.units import Bohr, Hartree
+from scipy.spatial.transform import Rotation
 
 from tlmc.checks import check_dataset, require_crystals
 from tlmc.datasets import dataset_from_frames, load_dataset
@@ -59,10 +62,6 @@ def set_position(frames: list[Atoms]) -> None:
     frames[2].positions[1, 0] = np.inf
 
 
-def set_stress(frames: list[Atoms]) -> None:
-    frames[2].calc.results["stress"][4] = np.nan
-
-
 def no_vector(frames: list[Atoms]) -> None:
     for frame in frames[1:]:
         frame.cell[2] = 0
@@ -95,7 +94,6 @@ def other_label(frames: list[Atoms]) -> None:
             r"frame 1 has a value that is not finite: forces of atom 2 \(Ar\) is .*inf.* \(and 1 more frame\)$",
         ),
         (set_position, r"frame 2 has a value that is not finite: position of atom 1 \(Ar\) is \[ *inf "),
-        (set_stress, "frame 2 has a value that is not finite: stress is nan$"),
         (no_vector, r"frame 1 is periodic along c but has no cell vector there \(and 1 more frame\)$"),
         (flat_cell, r"frame 1 has a cell of zero volume, or nearly: .* A\^3 for 4 atoms$"),
         (flat_slab, r"frame 1 has a cell of zero volume, or nearly: .* A\^3 for 4 atoms$"),
@@ -158,10 +156,9 @@ def test_forces_that_do_other_work_than_the_energies_say(factor: float, ratio: s
 def test_all_electron_energies_are_possible() -> None:
     # total energies of free atoms, Hartree: the deepest there are for these elements
     for symbol, energy in {"H": -0.5, "C": -37.85, "Cl": -460.15, "Cu": -1640.4, "I": -7110.0}.items():
-        dataset = dataset_from_frames(
-            [labelled(Atoms(symbol), energy, np.zeros((1, 3)))], name=symbol, units="Hartree/Bohr"
-        )
-        assert dataset.energies[0] == pytest.approx(energy * Hartree)
+        apart = labelled(Atoms(f"{symbol}2", [[0, 0, 0], [0, 0, 9]]), 2 * energy, np.zeros((2, 3)))
+        dataset = dataset_from_frames([apart], name=symbol, units="Hartree/Bohr")
+        assert dataset.energies[0] == pytest.approx(2 * energy * Hartree)
 
 
 def test_a_data_set_made_by_hand_is_checked_too(frames: list[Atoms]) -> None:
@@ -173,6 +170,139 @@ def test_a_data_set_made_by_hand_is_checked_too(frames: list[Atoms]) -> None:
         check_dataset(good.subset([]))
     with pytest.raises(DataError, match="memory: holds no frames"):
         dataset_from_frames([], name="a")
+
+
+def turned(frame: Atoms, mirrored: bool = False) -> Atoms:
+    """Return the same crystal turned, moved, wrapped and with its atoms in another order, labels and all."""
+    results = frame.calc.results
+    rotation = Rotation.from_euler("zyx", [20, 50, 110], degrees=True).as_matrix()
+    rotation = -rotation if mirrored else rotation
+    order = [2, 0, 3, 1]
+    copy = Atoms(
+        frame.symbols[order],
+        (frame.positions[order] + [0.3, 0.1, 2.0]) @ rotation.T,
+        cell=frame.cell.array @ rotation.T,
+        pbc=True,
+    )
+    copy.wrap()
+    stress = rotation @ voigt_6_to_full_3x3_stress(results["stress"]) @ rotation.T
+    forces = results["forces"][order] @ rotation.T
+    return labelled(copy, results["energy"], forces, stress=full_3x3_to_voigt_6_stress(stress))
+
+
+def strong(n_frames: int) -> list[Atoms]:
+    """Argon crystals with forces as large as those of molecules, so that a conflict is one."""
+    frames = argon(n_frames)
+    for frame in frames:
+        results = frame.calc.results
+        labelled(frame, results["energy"] * 100, results["forces"] * 100, stress=results["stress"] * 100)
+    return frames
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_copy_that_is_turned_is_no_conflict(mirrored: bool) -> None:
+    frames = strong(3)
+    dataset = dataset_from_frames([*frames, turned(frames[1], mirrored)], name="a")
+    assert dataset.duplicates.tolist() == [0, 1, 2, 1]
+
+
+@pytest.mark.parametrize("copy", [lambda frame: frame.copy(), turned])
+@pytest.mark.parametrize(
+    ("key", "change", "sentence"),
+    [
+        ("forces", lambda forces: forces * 1.1, "other forces, by "),
+        ("forces", lambda forces: -forces, "other forces, by "),
+        ("forces", lambda forces: forces[::-1], "other forces, by "),
+        ("forces", lambda forces: forces + np.eye(4, 3) * 0.02, "other forces, by "),
+        ("stress", lambda stress: stress * 1.1, "another stress, by "),
+        ("stress", lambda stress: -stress, "another stress, by "),
+        ("energy", lambda energy: energy + 0.2, "another energy, by 0.05 eV/atom"),
+    ],
+)
+def test_equal_geometries_with_other_labels_are_named(
+    copy: Callable[[Atoms], Atoms], key: str, change: Callable[[object], object], sentence: str
+) -> None:
+    frames = strong(3)
+    again = copy(frames[1])
+    results = {name: np.copy(value) for name, value in (again.calc or frames[1].calc).results.items()}
+    again.calc = SinglePointCalculator(again, **results | {key: change(results[key])})
+    with pytest.raises(DataError, match=f"a.traj: frame 3 has the geometry of frame 1 but {sentence}"):
+        dataset_from_frames([*frames, again], name="a", source="a.traj")
+
+
+def test_noise_of_a_repeated_calculation_is_no_conflict() -> None:
+    frames = strong(3)
+    results = frames[1].calc.results
+    noise = np.random.default_rng(0).normal(scale=1e-4, size=(4, 3))
+    again = labelled(frames[1].copy(), results["energy"] + 1e-4, results["forces"] + noise)
+    assert len(dataset_from_frames([*frames, again], name="a")) == 4
+
+
+# --- charge and spin -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("neutral", "ion"),
+    [
+        ({"charge": 0, "spin": 1}, {"charge": 1, "spin": 2}),
+        ({}, {"charge": -1}),
+        ({"total_charge": 0.0}, {"total_charge": 1.0}),
+        ({"Charge": 0}, {"charge": 2}),
+        ({"spin": 1}, {"spin": 1, "charge": 1}),
+        ({"multiplicity": 1}, {"multiplicity": 3}),
+        ({"charge": 0, "spin_multiplicity": 1}, {"charge": 0, "spin_multiplicity": 3}),
+        ({}, {"initial_charges": 1.0}),
+        ({"initial_magmoms": 0.0}, {"initial_magmoms": 1.0}),
+    ],
+)
+def test_charge_states_that_differ_are_named(
+    frames: list[Atoms], caplog: pytest.LogCaptureFixture, neutral: dict[str, float], ion: dict[str, float]
+) -> None:
+    def say(frame: Atoms, state: dict[str, float]) -> None:
+        for key, value in state.items():
+            if key.startswith("initial"):
+                frame.set_array(key, np.array([value, 0, 0, 0]))
+            else:
+                frame.info[key] = value
+
+    for frame, state in zip(frames, (neutral, ion, ion), strict=True):
+        say(frame, state)
+    dataset = dataset_from_frames(frames, name="a", source="a.traj")
+    assert "a.traj: CHARGE STATES DIFFER between frames: " in caplog.text
+    assert "in frame 1, 2 of 3 frames are in another than the first, among them frames of Ar4" in caplog.text
+    assert len({*map(str, dataset.charge_states)}) == 2
+    again = labelled(Atoms(frames[0]), frames[0].calc.results["energy"] + 1, frames[0].calc.results["forces"])
+    again.info = {}
+    say(again, ion)
+    with pytest.raises(
+        DataError,
+        match=r"a.traj: frame 3 has the geometry of frame 0 in another charge state \(.*; there .*\): a mod",
+    ):
+        dataset_from_frames([*frames, again], name="a", source="a.traj")
+
+
+def test_guesses_per_atom_are_no_charge_states(frames: list[Atoms], caplog: pytest.LogCaptureFixture) -> None:
+    for k, frame in enumerate(frames):
+        frame.set_initial_charges([0.3, -0.3, 0.2, -0.2 + 0.001 * k])
+        frame.set_initial_magnetic_moments([1, -1, 0, 0.1 * k])
+    results = frames[0].calc.results
+    again = labelled(frames[0].copy(), results["energy"], results["forces"])
+    dataset_from_frames(frames, name="a")
+    assert not caplog.text
+    again.set_initial_magnetic_moments([1, 1, 1, 1])
+    dataset_from_frames([*frames, again], name="a")
+    assert "CHARGE STATES DIFFER" in caplog.text
+    assert "1 of 4 frames repeat the geometry" in caplog.text
+
+
+@pytest.mark.parametrize("info", [{"charge": 0}, {"charge": 1, "spin": 2}, {"charge": "none"}, {"charge": np.zeros(4)}])
+def test_one_charge_state_is_nothing_to_say(
+    frames: list[Atoms], caplog: pytest.LogCaptureFixture, info: dict[str, object]
+) -> None:
+    for frame in frames:
+        frame.info |= info
+    dataset_from_frames(frames, name="a")
+    assert not caplog.text
 
 
 def test_copies_are_logged_and_kept(frames: list[Atoms], caplog: pytest.LogCaptureFixture) -> None:

@@ -15,8 +15,11 @@ import ase.io
 import numpy as np
 import pandas as pd
 import pytest
+from argon import argon
+from ase import Atoms
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.units import kcal, mol
 from processes import heed_interrupts
 from rich.console import Console
 from typer.testing import CliRunner
@@ -339,6 +342,35 @@ class TestFetchAndInfo:
         assert code == 0
         assert f"{N_FRAMES}: 0 of crystals, {N_FRAMES} of isolated molecules" in text
         assert f"H ({4 * N_FRAMES} atoms), C ({N_FRAMES} atoms), O ({N_FRAMES} atoms)" in text
+
+    def test_info_on_data_of_other_names_and_units(self, tlmc, tmp_path):
+        crystals = []
+        for frame in argon(3):
+            results, crystal = frame.calc.results, Atoms(frame.symbols, frame.positions, cell=frame.cell, pbc=True)
+            crystal.info = {"E": results["energy"] / kcal * mol, "S": results["stress"] / kcal * mol, "charge": 0}
+            crystal.info["name"] = "no stress"
+            crystal.arrays["F"] = results["forces"] / kcal * mol
+            crystals.append(crystal)
+        atom = Atoms("Ar", info={"E": -1 / kcal * mol})
+        path = tmp_path / "a.extxyz"
+        ase.io.write(path, [atom, *crystals])
+        code, _, sentence = tlmc("info", path)
+        assert code == 2
+        assert "name energy_key (--energy-key) and forces_key (--forces-key)" in sentence
+        keys = ("--energy-key", "E", "--forces-key", "F", "--units", "kcal/mol")
+        code, text, messages = tlmc("info", path, *keys)
+        assert code == 0
+        assert "units of the file kcal/mol, kcal/mol/Angstrom frames 3: 3 of crystals" in text
+        assert "stress in 0 frames charge states charge 0: 3 frames free atoms Ar -1.000000 eV, from isolated" in text
+        assert "frame 0: isolated atoms, taken as energies of free atoms (Ar -1 eV) and for nothing else" in messages
+        code, text, _ = tlmc("-q", "info", path, *keys, "--stress-key", "S")
+        assert code == 0
+        assert "stress in 3 frames" in text
+        code, _, sentence = tlmc("-q", "info", path, *keys, "--stress-key", "name")
+        assert (code, "stress 'name' is not numeric: 'no stress'" in sentence) == (2, True)
+        for subject in ([], ["ani2xt"]):
+            code, _, sentence = tlmc("-q", "info", *subject, "--units", "eV")
+            assert (code, "go with a data set" in sentence) == (2, True)
 
     def test_info_on_a_model(self, tlmc, start, ani2xt, monkeypatch):
         monkeypatch.setattr(cli, "out", Console(width=60))

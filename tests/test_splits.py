@@ -27,10 +27,14 @@ def waters(energies: list[float], copies: dict[int, int] | None = None) -> Datas
         if original is None:
             frame = molecule("H2O")
             frame.positions[1, 1] += 0.003 * k
+            forces = np.full((3, 3), 0.1 * (k + 1) % 3)
         else:
             frame, energy = frames[original].copy(), energies[original]
             frame.rotate(77, (1, 2, 3))
-        frame.calc = SinglePointCalculator(frame, energy=3 * energy, forces=np.full((3, 3), 0.1 * (k + 1) % 3))
+            arrows = Atoms("H3", frames[original].calc.results["forces"])
+            arrows.rotate(77, (1, 2, 3))
+            forces = arrows.positions
+        frame.calc = SinglePointCalculator(frame, energy=3 * energy, forces=forces)
         frames.append(frame)
     return dataset_from_frames(frames, name="waters", source="waters.extxyz")
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 
 import numpy as np
 from ase.data import chemical_symbols, covalent_radii
+from ase.stress import voigt_6_to_full_3x3_stress
 
 from tlmc.errors import DataError
 from tlmc.geometry import box, contacts
@@ -26,6 +27,10 @@ _LARGEST_FORCE, _LARGEST_MEDIAN_FORCE = 200.0, 10.0
 _LARGEST_ENERGY, _LARGEST_ENERGY_SPREAD = 100.0, 20.0
 # eV/atom by which labels of one geometry may differ before they contradict each other.
 _LABEL_CONFLICT = 0.01
+# The same of forces (eV/A) and stress (eV/A^3): more than a calculation that is repeated, or turned, differs.
+_FORCE_CONFLICT, _STRESS_CONFLICT = 0.01, 1e-3
+# Angstrom within which atoms are in the same place, and over which bonds count.
+_SAME_PLACE, _BOND = 1e-5, 1.0
 # Pairs of frames on which energies are compared with the work of the forces: how far apart in the file, how alike
 # (strain; Angstrom), how many and how well correlated they must be to decide, and the slopes that true labels can have.
 _WORK_NEIGHBOURS, _WORK_STRAIN, _WORK_DISPLACEMENT = 20, 0.02, 0.6
@@ -40,8 +45,9 @@ def check_dataset(dataset: Dataset) -> None:
 
     In this order: no frames, no atoms; shapes of labels; NaN or infinity; a cell that is missing or has no volume;
     atoms that overlap, images included; energies that no such atoms can have; forces that cannot be eV/Angstrom (too
-    large, or doing another work than the energies say); equal geometries with different labels. Equal geometries with
-    equal labels are logged, and kept in one part by `split_dataset`.
+    large, or doing another work than the energies say); equal geometries with different labels or charge states. Equal
+    geometries with equal labels are logged, and kept in one part by `split_dataset`; so are charge states that differ
+    between geometries, which a model that knows no charge cannot tell apart.
 
     Raises
     ------
@@ -55,9 +61,13 @@ def check_dataset(dataset: Dataset) -> None:
             raise DataError(
                 f"{dataset.source}: {len(dataset)} frames need as many {column}, got {len(getattr(dataset, column))}"
             )
-    for check in (_empty, _wrong_shape, _not_finite, _no_cell, _overlapping, _impossible_energy, _impossible_force):
+    checks = (
+        _empty, _wrong_shape, _not_finite, _no_cell, _overlapping, _other_charge, _impossible_energy, _impossible_force
+    )  # fmt: skip
+    for check in checks:
         _refuse(dataset, check(dataset))
     _check_duplicates(dataset)
+    _warn_of_missing_cells(dataset)
 
 
 def require_crystals(dataset: Dataset) -> None:
@@ -166,7 +176,7 @@ def _overlapping(dataset: Dataset) -> _Problems:
 def _impossible_energy(dataset: Dataset) -> _Problems:
     if len(dataset) > 1 and not dataset.energies.any():
         return [(k, "has an energy of exactly 0 eV, as have all: are they labels?") for k in range(len(dataset))]
-    hint = "units must be given if they are not eV, e.g. units='kcal/mol' or 'Hartree/Bohr'"
+    hint = "units must be given if they are not eV, e.g. units='kcal/mol' (--units kcal/mol) or 'Hartree/Bohr'"
     per_atom = dataset.energies / dataset.n_atoms
     problems: _Problems = []
     by_composition: defaultdict[str, list[int]] = defaultdict(list)
@@ -198,7 +208,7 @@ def _impossible_force(dataset: Dataset) -> _Problems:
             if len(norm) > 1
         ]
     largest = [(k, int(norm.argmax()), float(norm.max())) for k, norm in enumerate(norms)]
-    hint = "forces must be in eV/A, or units given, e.g. units='kcal/mol' or 'Hartree/Bohr'"
+    hint = "forces must be in eV/A, or units given, e.g. units='kcal/mol' (--units kcal/mol) or 'Hartree/Bohr'"
     problems = [
         (k, f"has a force of {value:.4g} eV/A on atom {atom} ({dataset.frames[k].symbols[atom]}); {hint}")
         for k, atom, value in largest
@@ -262,19 +272,61 @@ def _forces_without_work(dataset: Dataset) -> _Problems:
     ]
 
 
+def _other_charge(dataset: Dataset) -> _Problems:
+    """Find geometries in two charge states; warn where different geometries have different ones."""
+    states = _states(dataset)
+    if len({*states}) < 2:
+        return []
+    first = dataset.duplicates
+    problems = [
+        (
+            k,
+            f"has the geometry of frame {dataset.frame_numbers[first[k]]} in another charge state "
+            f"({_words(states[k])}; there {_words(states[first[k]])}): a model that knows no charge cannot learn both",
+        )
+        for k in range(len(dataset))
+        if (differ := {*states[k]} ^ {*states[first[k]]})
+        # an initial moment is a guess, which need not lead to another state
+        and ({name for name, _ in differ} != {"magnetic moment"} or _conflict(dataset, k, int(first[k])))
+    ]
+    if not problems:
+        by_formula: defaultdict[str, set[tuple[tuple[str, float], ...]]] = defaultdict(set)
+        for frame, state in zip(dataset.frames, states, strict=True):
+            by_formula[frame.get_chemical_formula()].add(state)
+        mixed = [formula for formula, found in by_formula.items() if len(found) > 1]
+        k = next(k for k, state in enumerate(states) if state != states[0])
+        logger.warning(
+            "%s: CHARGE STATES DIFFER between frames: %s in frame %d, %s in frame %d, %d of %d frames are in another "
+            "than the first%s: no model here knows charge or spin, so that it learns a mixture: keep one state",
+            dataset.source, _words(states[0]), dataset.frame_numbers[0], _words(states[k]), dataset.frame_numbers[k],
+            sum(state != states[0] for state in states), len(dataset),
+            f", among them frames of {mixed[0]}" if mixed else "",
+        )  # fmt: skip
+    return problems
+
+
+def _states(dataset: Dataset) -> list[tuple[tuple[str, float], ...]]:
+    """Return charge and spin of each frame; where one says nothing: neutral, no moment, and the first spin said."""
+    usual: dict[str, float] = {}
+    for state in dataset.charge_states:
+        for name, value in state.items():
+            usual.setdefault(name, value if name == "spin" else 0.0)
+    return [tuple((name, state.get(name, usual[name])) for name in usual) for state in dataset.charge_states]
+
+
+def _words(state: tuple[tuple[str, float], ...]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in state)
+
+
 def _check_duplicates(dataset: Dataset) -> None:
     groups = dataset.duplicates
     copies = np.flatnonzero(groups != np.arange(len(groups)))
     if not len(copies):
         return
-    difference = np.abs(dataset.energies[copies] - dataset.energies[groups[copies]]) / dataset.n_atoms[copies]
     problems = [
-        (
-            int(k),
-            f"has the geometry of frame {dataset.frame_numbers[groups[k]]} but another energy, by {gap:.4g} eV/atom",
-        )
-        for k, gap in zip(copies, difference, strict=True)
-        if gap > _LABEL_CONFLICT
+        (int(k), f"has the geometry of frame {dataset.frame_numbers[groups[k]]} but {conflict}")
+        for k in copies
+        if (conflict := _conflict(dataset, int(k), int(groups[k])))
     ]
     _refuse(dataset, problems)
     logger.warning(
@@ -284,3 +336,71 @@ def _check_duplicates(dataset: Dataset) -> None:
         len(dataset),
         dataset.frame_numbers[copies[0]],
     )
+
+
+def _warn_of_missing_cells(dataset: Dataset) -> None:
+    """Warn where the same atoms are periodic in some frames and not in others, as if a lattice were missing."""
+    periodic: dict[bytes, int] = {}
+    for k, frame in enumerate(dataset.frames):
+        if frame.pbc.any():
+            periodic.setdefault(frame.numbers.tobytes(), k)
+    bare = [k for k, frame in enumerate(dataset.frames) if not frame.pbc.any() and frame.numbers.tobytes() in periodic]
+    if bare:
+        logger.warning(
+            "%s: frame %d%s: not periodic, but frame %d of the same atoms is: is a lattice missing?",
+            dataset.source, dataset.frame_numbers[bare[0]], and_others(len(bare)),
+            dataset.frame_numbers[periodic[dataset.frames[bare[0]].numbers.tobytes()]],
+        )  # fmt: skip
+
+
+def _conflict(dataset: Dataset, k: int, first: int) -> str:
+    """Say how the labels of a frame contradict those of another with its geometry, empty if they agree.
+
+    The same atoms in the same places are compared one by one; of a copy that is turned, moved or reordered, what that
+    leaves unchanged is: the sizes of forces, how far they point along the sum of the bonds, the principal stresses.
+    """
+    energy = abs(dataset.energies[k] - dataset.energies[first]) / dataset.n_atoms[k]
+    if energy > _LABEL_CONFLICT:
+        return f"another energy, by {energy:.4g} eV/atom"
+    one, other = dataset.frames[k], dataset.frames[first]
+    in_place = (
+        np.array_equal(one.numbers, other.numbers)
+        and np.allclose(one.cell.array, other.cell.array, atol=_SAME_PLACE)
+        and np.allclose(one.positions, other.positions, atol=_SAME_PLACE)
+    )
+    gap, atom = _force_gap(dataset, k, first, in_place)
+    # small forces are noise in part; of a copy that is moved a little they also differ in truth
+    largest = float(np.linalg.norm(dataset.forces[first], axis=1).max())
+    if gap > (np.clip(0.1 * largest, 0.2 * _FORCE_CONFLICT, _FORCE_CONFLICT) if in_place else _FORCE_CONFLICT):
+        where = f", by {gap:.4g} eV/A on atom {atom} ({one.symbols[atom]})" if in_place else f", by {gap:.4g} eV/A"
+        return f"other forces{where}"
+    stress, reference = dataset.stresses[k], dataset.stresses[first]
+    if stress is not None and reference is not None:
+        if not in_place:
+            stress, reference = (np.linalg.eigvalsh(voigt_6_to_full_3x3_stress(s)) for s in (stress, reference))
+        gap = float(np.abs(stress - reference).max())
+        if gap > _STRESS_CONFLICT:
+            return f"another stress, by {gap:.4g} eV/A^3"
+    return ""
+
+
+def _force_gap(dataset: Dataset, k: int, first: int, in_place: bool) -> tuple[float, int]:
+    """Return the largest difference of forces, eV/A, and the atom where it is."""
+    if in_place:
+        gaps = np.linalg.norm(dataset.forces[k] - dataset.forces[first], axis=1)
+        return float(gaps.max()), int(gaps.argmax())
+    features = []
+    for n in (k, first):
+        frame, forces = dataset.frames[n], dataset.forces[n]
+        i, j, shift, distance = contacts(frame)
+        bonds = frame.positions[j] + shift @ box(frame) - frame.positions[i]
+        bonds *= np.exp(-((distance / _BOND) ** 2) / 2)[:, None] / _BOND
+        total = np.zeros((len(frame), 3))
+        np.add.at(total, i, bonds)
+        np.add.at(total, j, -bonds)
+        total /= np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1)
+        values = np.column_stack([np.linalg.norm(forces, axis=1), (forces * total).sum(axis=1)])
+        order = np.argsort(frame.numbers, kind="stable")
+        numbers = frame.numbers[order]
+        features.append(np.concatenate([np.sort(values[order][numbers == z], axis=0) for z in np.unique(numbers)]))
+    return float(np.abs(features[0] - features[1]).max()), -1

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +59,9 @@ TABLE_QUANTITIES = {
     "force_rmse_component": ("F component (eV/A)", 1.0),
     "energy_rmse_per_atom": ("E (meV/atom)", 1000.0),
 }
-_UNITS_HELP = "Units of the labels: eV, Hartree/Bohr, Hartree/Angstrom or kcal/mol."
+_UNITS_HELP = (
+    "Units of the labels: eV, Hartree/Bohr, Hartree/Angstrom or kcal/mol. [default: what the file says, else eV]"
+)
 
 out = Console()
 err = Console(stderr=True)
@@ -120,9 +123,12 @@ Borrow = Annotated[
 ]
 EnergyKey = Annotated[str | None, typer.Option(help="Name of the energies in the file, e.g. REF_energy.")]
 ForcesKey = Annotated[str | None, typer.Option(help="Name of the forces in the file, e.g. REF_forces.")]
+StressKey = Annotated[
+    str | None, typer.Option(help="Name of the stress in the file, or of the virial: that has virial in its name.")
+]
 CrystalsOnly = Annotated[bool, typer.Option("--crystals-only", help="Leave isolated molecules out.")]
 Recipe = Annotated[str, typer.Option(help="thesis, short, quick, rich, thorough, scratch or frozen.")]
-Units = Annotated[str, typer.Option(help=_UNITS_HELP)]
+Units = Annotated[str | None, typer.Option(help=_UNITS_HELP)]
 
 
 @app.callback()
@@ -216,7 +222,8 @@ def finetune(
     crystals_only: CrystalsOnly = False,
     energy_key: EnergyKey = None,
     forces_key: ForcesKey = None,
-    units: Units = "eV",
+    stress_key: StressKey = None,
+    units: Units = None,
     run_dir: Annotated[
         Path | None, typer.Option(help="Default: a folder under <reports>/runs, named after data, model and settings.")
     ] = None,
@@ -267,7 +274,7 @@ def finetune(
         raise ConfigError(f"--processes {processes} contradicts the launcher, which started {launched}")
 
     def inputs() -> tuple[Dataset, Potential]:
-        data = _load(dataset, energy_key, forces_key, units)
+        data = _load(dataset, energy_key, forces_key, stress_key, units)
         return data.crystals() if crystals_only else data, _model(start_model, mapped, borrow)
 
     if processes > launched:
@@ -379,7 +386,8 @@ def evaluate(
     crystals_only: CrystalsOnly = False,
     energy_key: EnergyKey = None,
     forces_key: ForcesKey = None,
-    units: Units = "eV",
+    stress_key: StressKey = None,
+    units: Units = None,
     output: Annotated[Path | None, typer.Option(help="Folder for metrics.json and per_frame.csv.")] = None,
     study_name: Annotated[
         str | None,
@@ -408,7 +416,7 @@ def evaluate(
 
     if study_name and split is None:
         raise ConfigError("--record needs the --split of a run, which says what the model was trained on")
-    data, potential = _load(dataset, energy_key, forces_key, units), _model(model, mapped, borrow)
+    data, potential = _load(dataset, energy_key, forces_key, stress_key, units), _model(model, mapped, borrow)
     if crystals_only:
         data = data.crystals()
     chosen, fitted_on = data, data
@@ -519,9 +527,15 @@ def info(
     subject: Annotated[
         str | None, typer.Argument(help="A data set, a file, a start model, or nothing.", show_default=False)
     ] = None,
+    energy_key: EnergyKey = None,
+    forces_key: ForcesKey = None,
+    stress_key: StressKey = None,
+    units: Units = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines: one JSON object, of a model in full.")] = False,
 ) -> None:
     """Describe the installation, or a data set, or a model.
+
+    Of a data set: what is read, checked as for a training, in eV and Angstrom; warnings say what is left out.
 
     Of a model: what it is, its training data, test errors if the run's metrics.json lies beside it, how to use it, and
     what it does not know.
@@ -532,21 +546,26 @@ def info(
 
     tlmc info my.extxyz
 
+    tlmc info my.extxyz --energy-key REF_energy --forces-key REF_forces --stress-key REF_virial
+
     tlmc info reports/runs/my-run/model.safetensors
 
     tlmc info model.safetensors --json
     """
     from tlmc.potentials.pretrained import start_models
 
+    is_model = subject is not None and (subject in start_models() or Path(subject).suffix == ".safetensors")
+    if (subject is None or is_model) and any((energy_key, forces_key, stress_key, units)):
+        raise ConfigError("--energy-key, --forces-key, --stress-key and --units go with a data set")
     if subject is None:
         facts = _installation()
-    elif subject in start_models() or Path(subject).suffix == ".safetensors":
+    elif is_model:
         from tlmc.model_card import model_facts, model_page
 
         known = model_facts(subject)
         facts = known if as_json else model_page(known)
     else:
-        facts = _dataset_facts(_load(subject, None, None, "eV"))
+        facts = _dataset_facts(_load(subject, energy_key, forces_key, stress_key, units))
     if as_json:
         out.print(json.dumps(facts, indent=2), soft_wrap=True, highlight=False, markup=False)
         return
@@ -770,10 +789,12 @@ def _whole_number(text: str) -> int:
     return int(text)
 
 
-def _load(source: str, energy_key: str | None, forces_key: str | None, units: str) -> Dataset:
+def _load(
+    source: str, energy_key: str | None, forces_key: str | None, stress_key: str | None, units: str | None
+) -> Dataset:
     from tlmc.datasets import load_dataset
 
-    return load_dataset(source, energy_key=energy_key, forces_key=forces_key, units=units)
+    return load_dataset(source, energy_key=energy_key, forces_key=forces_key, stress_key=stress_key, units=units)
 
 
 def _model(name: str, mapped: list[str] | None, borrow: Literal["relabel", "extend"] = "relabel") -> Potential:
@@ -896,6 +917,15 @@ def _dataset_facts(data: Dataset) -> dict[str, str]:
     per_atom = data.energies / data.n_atoms
     forces = np.linalg.norm(np.concatenate(data.forces), axis=1)
     crystals = int(data.is_crystal.sum())
+    states = Counter(
+        ", ".join(f"{name} {value:g}" for name, value in state.items()) or "not said" for state in data.charge_states
+    )
+    more = {}
+    if [*states] != ["not said"]:
+        more["charge states"] = "; ".join(f"{state}: {count} frames" for state, count in states.items())
+    if data.free_atoms:
+        energies = ", ".join(f"{symbol} {energy:.6f}" for symbol, energy in data.free_atoms.items())
+        more["free atoms"] = f"{energies} eV, from isolated atoms in the file, which are no frames of the set"
     return {
         "name": data.name,
         "source": data.source,
@@ -908,6 +938,7 @@ def _dataset_facts(data: Dataset) -> dict[str, str]:
         "energy": f"{per_atom.min():.4f} to {per_atom.max():.4f} eV/atom",
         "force": f"median |F| {np.median(forces):.3f}, largest {forces.max():.3f} eV/A",
         "stress": f"in {sum(stress is not None for stress in data.stresses)} frames",
+        **more,
     }
 
 

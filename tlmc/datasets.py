@@ -11,47 +11,53 @@ import os
 import shutil
 import sqlite3
 import struct
+import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, NamedTuple
+from typing import Any
 from xml.etree.ElementTree import ParseError as XMLParseError
 
+import ase.db
 import ase.io
 import numpy as np
 import pooch
 import requests
 from ase import Atoms
+from ase.data import atomic_numbers
 from ase.io.formats import UnknownFileTypeError, filetype, get_compression, open_with_compression
-from ase.stress import full_3x3_to_voigt_6_stress
-from numpy.typing import NDArray
 
 from tlmc.checks import and_others, check_dataset
+from tlmc.convergence import read_convergence
 from tlmc.downloads import describe, first_to_answer
 from tlmc.errors import DataError
 from tlmc.files import sha256_file
-from tlmc.labelled import Dataset
+from tlmc.labelled import Dataset, charge_state
+from tlmc.labels import (
+    LabelNames,
+    collect,
+    collect_stresses,
+    find_names,
+    flattened,
+    is_free_atom,
+    lattice_in_info,
+    look_up,
+    results,
+    unconverged,
+    unit_factors,
+    unit_keys,
+)
 from tlmc.paths import PACKAGE_DIR, cache_dir, data_dir, mirror_dir
-from tlmc.units import BOHR, HARTREE, KCAL_PER_MOL
+from tlmc.xyz import read_xyz
 
 logger = logging.getLogger(__name__)
 
 _CONNECT_SECONDS, _READ_SECONDS = 5.0, 30.0
 
-# name -> (units in words, eV per energy unit, Angstrom per length unit of forces and stress)
-_UNITS: dict[str, tuple[str, float, float]] = {
-    "eV": ("eV, eV/Angstrom", 1.0, 1.0),
-    "eV/Angstrom": ("eV, eV/Angstrom", 1.0, 1.0),
-    "Hartree/Bohr": ("Hartree, Hartree/Bohr", HARTREE, BOHR),
-    "Hartree/Angstrom": ("Hartree, Hartree/Angstrom", HARTREE, 1.0),
-    "kcal/mol": ("kcal/mol, kcal/mol/Angstrom", KCAL_PER_MOL, 1.0),
-    "kcal/mol/Angstrom": ("kcal/mol, kcal/mol/Angstrom", KCAL_PER_MOL, 1.0),
-}
-
-# Prefixes of `<prefix>energy` and `<prefix>forces` that other codes write for reference labels.
-_PREFIXES = ("", "REF_", "ref_", "DFT_", "dft_", "QM_", "qm_", "reference_")
+# eV by which energies of one free atom may differ.
+_SAME_ATOM = 1e-3
 
 _EMBEDDED_SUFFIXES = (".extxyz", ".extxyz.gz", ".extxyz.xz")
 
@@ -104,7 +110,7 @@ def load_dataset(
     energy_key: str | None = None,
     forces_key: str | None = None,
     stress_key: str | None = None,
-    units: str = "eV",
+    units: str | None = None,
 ) -> Dataset:
     """Read and check labelled structures.
 
@@ -114,8 +120,13 @@ def load_dataset(
     extxyz, OUTCAR, vasprun.xml, db, ...; gz, bz2 and xz too). Nothing that holds pickles is opened.
 
     Labels are the calculator results of the file if it has energies and forces there, else a pair such as
-    ``REF_energy`` and ``REF_forces``. To choose, name `energy_key` and `forces_key`; calculator results can be named
-    too (``free_energy``).
+    ``REF_energy`` and ``REF_forces``, in any letter case; those of rows of a database are looked for in key-value
+    pairs and data, too. To choose, name `energy_key` and `forces_key`; calculator results can be named too
+    (``free_energy``). Stresses are ``stress`` or ``virial`` (with the same prefix), of six or nine numbers; one that
+    cannot be used is left out with a warning.
+
+    Not learned from, and named in warnings: isolated atoms, whose energies go to ``free_atoms``, and frames whose
+    electronic steps did not converge, as OUTCAR, vasprun.xml or ``scf_converged`` say.
 
     Parameters
     ----------
@@ -124,10 +135,13 @@ def load_dataset(
     energy_key, forces_key
         Names of the labels; both or neither.
     stress_key
-        Name of the stress, ``(6,)`` Voigt or ``(3, 3)``, in ASE's sign; frames may lack it.
+        Name of the stress, ``(6,)`` in ASE's order or ``(3, 3)``, in ASE's sign, which must be usable then; frames may
+        lack it. One with ``virial`` in its name is an energy, of the other sign.
     units
         Units of the labels: ``eV`` (with eV/Angstrom), ``Hartree/Bohr``, ``Hartree/Angstrom`` or ``kcal/mol``
         (with kcal/mol/Angstrom). Stresses are in that energy unit per cubed length unit; positions are in Angstrom.
+        None takes what the file says (``energy-unit``, ``forces_unit``, ``stress-unit``, ``length_unit``, ``units``),
+        else eV; what it says must not contradict `units`.
 
     Returns
     -------
@@ -154,16 +168,8 @@ def load_dataset(
         name = Path(name).stem
         if not path.exists():
             raise DataError(_unknown(str(source), embedded))
-    dataset = dataset_from_frames(
-        read_frames(path),
-        name=name,
-        source=origin,
-        energy_key=energy_key,
-        forces_key=forces_key,
-        stress_key=stress_key,
-        units=units,
-        level_of_theory=level_of_theory,
-    )
+    frames, said = _read(path)
+    dataset = _dataset(frames, said, name, origin, (energy_key, forces_key, stress_key), units, level_of_theory)
     logger.info("%s: %d frames (%d crystals) from %s", name, len(dataset), dataset.is_crystal.sum(), origin)
     return dataset
 
@@ -185,7 +191,7 @@ def local_file(source: str | Path) -> Path | None:
 
 
 def read_frames(path: str | Path) -> list[Atoms]:
-    """Read all structures of a file with ASE, with or without labels, unchecked.
+    """Read all structures of a file with ASE, with or without labels, unchecked; `tlmc.xyz` says how XYZ is read.
 
     Parameters
     ----------
@@ -200,9 +206,15 @@ def read_frames(path: str | Path) -> list[Atoms]:
     Raises
     ------
     DataError
-        If the file is missing, empty, damaged, of a kind ASE does not know, or may hold pickles.
+        If the file is missing, empty, damaged, of a kind ASE does not know, or may hold pickles; or if a part of it
+        would go unread.
     """
-    path = Path(path).expanduser()
+    return _read(Path(path))[0]
+
+
+def _read(path: Path) -> tuple[list[Atoms], dict[int, str]]:
+    """Read all structures, and which of them the file says are not converged."""
+    path = path.expanduser()
     if path.is_dir():
         raise DataError(f"{path}: is a folder, not a file with structures")
     try:
@@ -212,23 +224,54 @@ def read_frames(path: str | Path) -> list[Atoms]:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     if not size:
         raise DataError(f"{path}: is empty (0 bytes)")
+    frames: list[Atoms] = []
     try:
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as complaints:
+            warnings.simplefilter("always")
             plain = _decompressed(path, Path(folder))
             if _may_be_pickled(plain):
                 raise DataError(
                     f"{path}: may hold Python objects (pickle), which run code when read: convert it to extxyz at its "
                     "origin"
                 )
-            frames = ase.io.read(str(plain), index=":", format=filetype(str(plain)), do_not_split_by_at_sign=True)
+            kind = filetype(str(plain))
+            # one by one, so that an error tells where
+            for frame in _each(plain, kind, str(path)):
+                frames.append(frame)
+            convergence = read_convergence(plain, kind)
     except DataError:
         raise
     except _READ_ERRORS as error:
         reason = " ".join(str(error).split()) or "no reason given"
-        raise DataError(f"{path}: ASE cannot read it ({type(error).__name__}: {reason})") from error
+        place = f" beyond frame {len(frames) - 1}" if frames else ""
+        raise DataError(f"{path}: ASE cannot read it{place} ({type(error).__name__}: {reason})") from error
     if not frames:
         raise DataError(f"{path}: holds no frames")
-    return list(frames)
+    said = convergence.unconverged
+    # one frame, and a line that says it did not converge
+    if len(frames) == 1 and convergence.remarks and kind not in ("vasp-out", "vasp-xml"):
+        said = {0: convergence.remarks[-1]}
+    else:
+        for remark in convergence.remarks:
+            logger.warning("%s: %s", path, remark)
+    for sentence in dict.fromkeys(
+        str(c.message) for c in complaints if issubclass(c.category, (UserWarning, RuntimeWarning))
+    ):
+        logger.warning("%s: ASE says: %s", path, sentence)
+    return frames, said
+
+
+def _each(path: Path, kind: str, source: str) -> Iterator[Atoms]:
+    """Read the frames of a file one by one."""
+    if kind in ("extxyz", "xyz"):
+        yield from read_xyz(path, source)
+    elif kind in ("db", "json"):
+        # ase.io leaves the key-value pairs and data of the rows out
+        with ase.db.connect(str(path), serial=True) as database:
+            for row in database.select():
+                yield flattened(row.toatoms(), {**row.key_value_pairs, **row.data})
+    else:
+        yield from ase.io.iread(str(path), index=":", format=kind, do_not_split_by_at_sign=True)
 
 
 def _may_be_pickled(path: Path) -> bool:
@@ -261,7 +304,7 @@ def dataset_from_frames(
     energy_key: str | None = None,
     forces_key: str | None = None,
     stress_key: str | None = None,
-    units: str = "eV",
+    units: str | None = None,
     level_of_theory: str = "",
 ) -> Dataset:
     """Build a checked `Dataset` from structures that carry their labels; `load_dataset` describes the arguments.
@@ -273,33 +316,49 @@ def dataset_from_frames(
     DataError
         If the units are unknown, labels are missing or ambiguous, or `check_dataset` refuses the result.
     """
-    if units not in _UNITS:
-        raise DataError(f"{source}: units must be one of {', '.join(_UNITS)}, got {units!r}")
+    return _dataset(frames, {}, name, source, (energy_key, forces_key, stress_key), units, level_of_theory)
+
+
+def _dataset(
+    frames: Sequence[Atoms],
+    said: Mapping[int, str],
+    name: str,
+    source: str,
+    keys: tuple[str | None, str | None, str | None],
+    units: str | None,
+    level_of_theory: str,
+) -> Dataset:
+    """Build a data set; `said` names frames of which the file says that they are not converged."""
+    unit_factors([], [], source, units)
     if not frames:
         raise DataError(f"{source}: holds no frames")
-    names = _label_names(frames, source, energy_key, forces_key, stress_key)
-    energies = _collect(frames, source, names, "energy")
-    forces = _collect(frames, source, names, "forces")
-    stresses = _collect_stresses(frames, source, names, required=stress_key is not None)
-    for k, energy in enumerate(energies):
+    frames = [flattened(frame) for frame in frames]
+    kept, atoms = _part(frames, source, said)
+    chosen = [frames[k] for k in kept]
+    names = find_names(chosen, source, *keys)
+    factors = unit_factors(chosen, kept, source, units)
+    energies = collect(chosen, kept, source, names, "energy")
+    forces = collect(chosen, kept, source, names, "forces")
+    for k, energy in zip(kept, energies, strict=True):
         if energy.size != 1:
             raise DataError(
                 f"{source}: frame {k}: energy {names.energy!r} must be one number, got shape {energy.shape}"
             )
+    stresses = collect_stresses(chosen, kept, source, names, factors)
     if not level_of_theory:
-        said = {str(frame.info.get("level_of_theory", "")) for frame in frames}
-        level_of_theory = said.pop() if len(said) == 1 else ""
-    words, energy_unit, length_unit = _UNITS[units]
+        theories = {str(frame.info.get("level_of_theory", "")) for frame in chosen}
+        level_of_theory = theories.pop() if len(theories) == 1 else ""
     dataset = Dataset(
-        frames=tuple(_bare(frame, names) for frame in frames),
-        energies=np.array([energy.item() for energy in energies]) * energy_unit,
-        forces=tuple(force * (energy_unit / length_unit) for force in forces),
-        stresses=tuple(None if stress is None else stress * (energy_unit / length_unit**3) for stress in stresses),
+        frames=tuple(_bare(frame, names, factor.length) for frame, factor in zip(chosen, factors, strict=True)),
+        energies=np.array([energy.item() * factor.energy for energy, factor in zip(energies, factors, strict=True)]),
+        forces=tuple(force * factor.forces for force, factor in zip(forces, factors, strict=True)),
+        stresses=tuple(stresses),
         name=name,
         source=source,
-        units=words,
+        units=factors[0].words,
         level_of_theory=level_of_theory,
-        frame_numbers=np.arange(len(frames)),
+        frame_numbers=np.array(kept),
+        free_atoms=_free_atoms(frames, atoms, source, names, units),
     )
     check_dataset(dataset)
     return dataset
@@ -394,110 +453,96 @@ def _download(url: str, collection: str, file_name: str, sha256: str) -> Path:
     return path
 
 
-class _LabelNames(NamedTuple):
-    """Which labels to read; those of a calculator are not looked for elsewhere."""
-
-    energy: str
-    forces: str
-    stress: str | None
-    computed: bool
-
-
-def _results(frame: Atoms) -> dict[str, Any]:
-    return {} if frame.calc is None else {key: value for key, value in frame.calc.results.items() if value is not None}
-
-
-def _keys(frame: Atoms) -> str:
-    """List what a frame holds besides its geometry."""
-    arrays = [key for key in frame.arrays if key not in ("numbers", "positions")]
-    groups = {"calculator results": [*_results(frame)], "info": [*frame.info], "arrays": arrays}
-    return "; ".join(f"{group}: {', '.join(map(str, keys)) or 'nothing'}" for group, keys in groups.items())
-
-
-def _label_names(
-    frames: Sequence[Atoms], source: str, energy_key: str | None, forces_key: str | None, stress_key: str | None
-) -> _LabelNames:
-    """Decide which labels to use, for all frames alike."""
-    if energy_key is not None and forces_key is not None:
-        return _LabelNames(energy_key, forces_key, stress_key, computed=False)
-    if energy_key is not None or forces_key is not None or stress_key is not None:
-        raise DataError(
-            f"{source}: name energy_key and forces_key, or no key at all, so that all labels are of one method (got "
-            f"{energy_key!r}, {forces_key!r} and stress {stress_key!r}); frame 0 has {_keys(frames[0])}"
-        )
-    computed = {key for frame in frames for key in _results(frame)} & {"energy", "forces"}
-    info = {key for frame in frames for key in frame.info}
-    arrays = {key for frame in frames for key in frame.arrays}
-    pairs = [prefix for prefix in _PREFIXES if f"{prefix}energy" in info and f"{prefix}forces" in arrays]
-    if len(computed) == 2:
-        for prefix in pairs:
-            logger.warning("%s: labels are the calculator results, not %senergy and %sforces", source, prefix, prefix)
-        return _LabelNames("energy", "forces", "stress", computed=True)
-    if len(pairs) == 1 and not computed:
-        names = _LabelNames(f"{pairs[0]}energy", f"{pairs[0]}forces", f"{pairs[0]}stress", computed=False)
-        logger.info("%s: labels are %s and %s", source, names.energy, names.forces)
-        return names
-    if pairs:
-        found = [f"{prefix}energy with {prefix}forces" for prefix in pairs] + [
-            f"{key} of a calculator" for key in computed
-        ]
-        problem = f"labels are ambiguous ({', '.join(found)})"
-    else:
-        problem = f"has no {' and no '.join(sorted({'energy', 'forces'} - computed))}"
-    raise DataError(f"{source}: {problem}: name energy_key and forces_key; frame 0 has {_keys(frames[0])}")
-
-
-def _lookup(frame: Atoms, key: str, where: str, computed: bool) -> NDArray[np.float64] | None:
-    """Find a label by name, None if there is none; two different values under one name are refused."""
-    places = [_results(frame)] if computed else [_results(frame), frame.info, frame.arrays]
-    found: list[NDArray[np.float64]] = []
-    for place in places:
-        value = place.get(key)
-        if value is not None:
-            try:
-                found.append(np.asarray(value, dtype=np.float64))
-            except (TypeError, ValueError) as error:
-                raise DataError(f"{where} is not numeric: {value!r}") from error
-    if any(other.shape != found[0].shape or not np.allclose(other, found[0], equal_nan=True) for other in found[1:]):
-        raise DataError(f"{where} is ambiguous: calculator results, info or arrays disagree; it has {_keys(frame)}")
-    return found[0] if found else None
-
-
-def _collect(
-    frames: Sequence[Atoms], source: str, names: _LabelNames, label: Literal["energy", "forces"]
-) -> list[NDArray[np.float64]]:
-    """Read one label of every frame, in the units of the file."""
-    key: str = getattr(names, label)
-    values = [
-        _lookup(frame, key, f"{source}: frame {k}: {label} {key!r}", names.computed) for k, frame in enumerate(frames)
-    ]
-    missing = [k for k, value in enumerate(values) if value is None]
-    if missing:
-        k = missing[0]
-        raise DataError(
-            f"{source}: frame {k} has no {label} {key!r}{and_others(len(missing))}; it has {_keys(frames[k])}"
-        )
-    return [value for value in values if value is not None]
-
-
-def _collect_stresses(
-    frames: Sequence[Atoms], source: str, names: _LabelNames, required: bool
-) -> list[NDArray[np.float64] | None]:
-    """Read the stress, in the units of the file, of the frames that have one."""
-    stresses: list[NDArray[np.float64] | None] = []
-    for k, frame in enumerate(frames):
-        where = f"{source}: frame {k}: stress {names.stress!r}"
-        stress = None if names.stress is None else _lookup(frame, names.stress, where, names.computed)
-        if stress is not None and stress.shape in ((3, 3), (9,)):
-            stress = full_3x3_to_voigt_6_stress(stress.reshape(3, 3))
-        stresses.append(stress)
-    if required and all(stress is None for stress in stresses):
-        raise DataError(f"{source}: no frame has the stress {names.stress!r}; frame 0 has {_keys(frames[0])}")
-    return stresses
-
-
-def _bare(frame: Atoms, names: _LabelNames) -> Atoms:
-    """Copy a structure without calculator, constraints and labels."""
-    labels = {names.energy, names.stress, *_results(frame)}
+def _bare(frame: Atoms, names: LabelNames, length: float) -> Atoms:
+    """Copy a structure in Angstrom without calculator, constraints, labels and what says their units."""
+    labels = {names.energy, *names.stresses, *results(frame), *unit_keys(frame.info)}
     info = {key: value for key, value in frame.info.items() if key not in labels}
-    return Atoms(numbers=frame.numbers, positions=frame.positions, cell=frame.cell, pbc=frame.pbc, info=info)
+    # what charge and spin a calculation was started with goes with the structure; the arrays do not
+    for key, array in (("initial_charge", "initial_charges"), ("initial_magmom", "initial_magmoms")):
+        total = float(frame.arrays[array].sum()) if array in frame.arrays else 0.0
+        if abs(total) > 1e-6:
+            info.setdefault(key, round(total, 6))
+    positions, cell = (frame.positions, frame.cell) if length == 1 else (frame.positions * length, frame.cell * length)
+    return Atoms(numbers=frame.numbers, positions=positions, cell=cell, pbc=frame.pbc, info=info)
+
+
+def _part(frames: Sequence[Atoms], source: str, said: Mapping[int, str]) -> tuple[list[int], list[int]]:
+    """Return which frames are structures to learn from and which free atoms; a warning names those left out.
+
+    Raises
+    ------
+    DataError
+        If none is left, or a frame has its cell where it is not looked for.
+    """
+    kept, atoms, suspicious, reasons = [], [], [], []
+    for k, frame in enumerate(frames):
+        key = lattice_in_info(frame)
+        if key is not None:
+            raise DataError(
+                f"{source}: frame {k} has a cell in info[{key!r}] and none where ASE looks for it: set frame.cell and "
+                "frame.pbc, or read the file with tlmc.read_frames"
+            )
+        flag = unconverged(frame.info)
+        reason = said.get(k, flag[0] if flag is not None and flag[1] else "")
+        if reason:
+            reasons.append(f"frame {k} is left out, its electronic steps did not converge ({reason})")
+        elif is_free_atom(frame):
+            atoms.append(k)
+        else:
+            kept.append(k)
+            if flag is not None:
+                suspicious.append(f"frame {k} says {flag[0]}: are its energy and forces converged?")
+    if not kept:
+        if not reasons:
+            formulas = ", ".join(dict.fromkeys(str(frames[k].symbols) for k in atoms))
+            raise DataError(
+                f"{source}: holds nothing but isolated atoms (frame {atoms[0]} is the first of {len(atoms)}; "
+                f"{formulas}): their energies are no structures to learn from"
+            )
+        raise DataError(f"{source}: {reasons[0]}{and_others(len(reasons))}: nothing is left")
+    for sentences in (reasons, suspicious):
+        if sentences:
+            logger.warning("%s: %s%s", source, sentences[0], and_others(len(sentences)))
+    return kept, atoms
+
+
+def _free_atoms(
+    frames: Sequence[Atoms], atoms: Sequence[int], source: str, names: LabelNames, units: str | None
+) -> dict[str, float]:
+    """Return the energies of isolated atoms, eV; the lowest where an element has several.
+
+    Raises
+    ------
+    DataError
+        If an energy is not a finite number.
+    """
+    found: dict[str, tuple[float, int]] = {}
+    for k, factor in zip(atoms, unit_factors([frames[k] for k in atoms], atoms, source, units), strict=True):
+        symbol = str(frames[k].symbols[0])
+        energy = look_up(frames[k], names.energy, f"{source}: frame {k}: energy {names.energy!r}", names.computed)
+        if energy is None:
+            logger.warning("%s: frame %d, an isolated %s atom, has no energy %r", source, k, symbol, names.energy)
+            continue
+        if energy.size != 1 or not np.isfinite(energy).all():
+            raise DataError(f"{source}: frame {k}, an isolated {symbol} atom, has an energy of {energy.tolist()}")
+        charge = charge_state(frames[k].info).get("charge", 0.0)
+        if charge:
+            logger.warning("%s: frame %d, an isolated %s atom, is charged (%g): left out", source, k, symbol, charge)
+            continue
+        value = float(energy.item() * factor.energy)
+        if symbol in found and abs(found[symbol][0] - value) > _SAME_ATOM:
+            first = found[symbol]
+            logger.warning(
+                "%s: frames %d and %d are both isolated %s atoms, with %.6g and %.6g eV: the lower energy is taken",
+                source, first[1], k, symbol, first[0], value,
+            )  # fmt: skip
+        if symbol not in found or value < found[symbol][0]:
+            found[symbol] = value, k
+    energies = {symbol: found[symbol][0] for symbol in sorted(found, key=lambda symbol: atomic_numbers[symbol])}
+    if atoms:
+        logger.warning(
+            "%s: frame %d%s: isolated atoms, taken as energies of free atoms (%s) and for nothing else",
+            source, atoms[0], and_others(len(atoms)),
+            ", ".join(f"{symbol} {energy:.6g} eV" for symbol, energy in energies.items()) or "none",
+        )  # fmt: skip
+    return energies

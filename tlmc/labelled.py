@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from functools import cached_property
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -12,10 +15,24 @@ from numpy.typing import ArrayLike, NDArray
 
 from tlmc.geometry import canonical_bytes, duplicate_groups, element_counts, frame_hash, is_crystal
 
+# Keys of info, by their letters alone, and which part of the charge state they say.
+_CHARGE_KEYS = {
+    "charge": (
+        "charge", "totalcharge", "netcharge", "totcharge", "chargetotal", "molecularcharge", "initialcharge",
+    ),
+    "spin": (
+        "spin", "multiplicity", "spinmultiplicity", "mult", "totalspin", "spintotal", "uhf", "unpairedelectrons",
+    ),
+    "magnetic moment": ("initialmagmom",),
+}  # fmt: skip
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Dataset:
-    """Structures with energies and forces, in eV and Angstrom, checked by `tlmc.checks.check_dataset`."""
+    """Structures with energies and forces, in eV and Angstrom, checked by `tlmc.checks.check_dataset`.
+
+    Two are equal if their content is (`hash`), wherever it came from.
+    """
 
     frames: tuple[Atoms, ...]
     """``n_frames`` structures without a calculator; ``info`` keeps what the file says besides the labels."""
@@ -34,7 +51,17 @@ class Dataset:
     level_of_theory: str
     """Method of the labels, empty when unknown."""
     frame_numbers: NDArray[np.int64]
-    """Position of each frame in the source, shape ``(n_frames,)``."""
+    """Position of each frame in the source, shape ``(n_frames,)``; some of those in it may be left out."""
+    free_atoms: Mapping[str, float] = field(default_factory=dict)
+    """Element -> energy of the isolated atom, eV, where the source has it; these are no frames of the set."""
+
+    def __eq__(self, other: object) -> bool:
+        """Compare contents."""
+        return self.hash == other.hash if isinstance(other, Dataset) else NotImplemented
+
+    def __hash__(self) -> int:
+        """Return a number that goes with ``==``."""
+        return hash(self.hash)
 
     def __len__(self) -> int:
         """Return the number of frames."""
@@ -51,6 +78,8 @@ class Dataset:
                 + canonical_bytes(forces)
                 + (b"none" if stress is None else canonical_bytes(stress))
             )
+        for symbol, energy in self.free_atoms.items():
+            digest.update(symbol.encode() + canonical_bytes(energy))
         return digest.hexdigest()
 
     @cached_property
@@ -62,6 +91,11 @@ class Dataset:
     def duplicates(self) -> NDArray[np.int64]:
         """For each frame the first one with its geometry (`duplicate_groups`), itself if unique, ``(n_frames,)``."""
         return duplicate_groups(self.frames)
+
+    @cached_property
+    def charge_states(self) -> tuple[Mapping[str, float], ...]:
+        """Per frame ``charge``, ``spin`` (or multiplicity) and initial ``magnetic moment``, those that it says."""
+        return tuple(charge_state(frame.info) for frame in self.frames)
 
     @cached_property
     def elements(self) -> tuple[str, ...]:
@@ -92,6 +126,7 @@ class Dataset:
             units=self.units,
             level_of_theory=self.level_of_theory,
             frame_numbers=self.frame_numbers[chosen],
+            free_atoms=self.free_atoms,
         )
 
     def crystals(self) -> Dataset:
@@ -101,3 +136,23 @@ class Dataset:
     def molecules(self) -> Dataset:
         """Return the frames that are not crystals."""
         return self.subset(~self.is_crystal)
+
+
+@lru_cache
+def letters(key: str) -> str:
+    """Return the letters of a key in lower case: keys are written ``scf_converged``, ``SCF-converged``, ..."""
+    return "".join(re.findall("[a-z]", key.lower()))
+
+
+def charge_state(info: Mapping[Any, Any]) -> dict[str, float]:
+    """Return what the info of a frame says of its total charge and spin."""
+    said = {letters(str(key)): value for key, value in info.items()}
+    state = {}
+    for name, keys in _CHARGE_KEYS.items():
+        for key in keys:
+            value = said.get(key)
+            if isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and np.isfinite(value):
+                # the sum of guesses per atom, which may be fractions
+                state[name] = round(float(value), 0 if name == "magnetic moment" else 1) + 0.0
+                break
+    return state
