@@ -22,7 +22,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,9 @@ from tlmc.labelling.methods import CalculatorFactory, ImportedFactory, Method, T
 from tlmc.labelling.workers import in_processes
 
 _NO_SETTING = frozenset(
-    "atoms results command directory label prefix profile txt name parallel nprocs use_cache "
-    "discard_results_on_any_change converged implemented_properties default_parameters".split()
+    {"atoms", "results", "converged", "implemented_properties", "default_parameters", "discard_results_on_any_change"}
+    | {"command", "directory", "label", "prefix", "profile", "txt", "name", "parallel", "nprocs", "verbosity"}
+    | {"use_cache", "cache_api"}
 )
 """Attributes of calculators that say where and how fast, not what."""
 _NO_VARIABLE = re.compile(
@@ -171,7 +172,8 @@ def _local_sources(path: Path) -> list[Path]:
     found = {path.resolve()}
     with contextlib.suppress(SyntaxError, UnicodeDecodeError):  # said when the file is run
         finder.run_script(str(path))
-        found |= {Path(module.__file__).resolve() for module in finder.modules.values() if module.__file__}
+        files = [getattr(module, "__file__", None) for module in finder.modules.values()]
+        found |= {Path(file).resolve() for file in files if file}
     return sorted(source for source in found if source.suffix == ".py" and not _installed(source))
 
 

@@ -144,7 +144,7 @@ def _label(
     ]
     # equal frames are computed once
     results: dict[str, _Label] = {}
-    jobs = {}
+    jobs: dict[str, _Calculation] = {}
     for index, (digest, copy) in enumerate(zip(digests, copies, strict=True)):
         job = _Calculation(index, copy, method, folder / digest)
         if digest not in results and (found := _found(job)) is not None and not (found.error and retry_failed):
@@ -235,8 +235,9 @@ def checked(frames: Sequence[Atoms]) -> list[State]:
         try:
             ase.io.write(io.StringIO(), rounded(frame), format="extxyz")
         except (TypeError, ValueError, KeyError) as error:
-            raise DataError(f"frame {k} cannot be written as extxyz ({error}): its info or arrays hold other than numbers "
-                            "and text") from error  # fmt: skip
+            raise DataError(
+                f"frame {k} cannot be written as extxyz for what its info or arrays hold ({error})"
+            ) from error
     return states
 
 
@@ -311,8 +312,8 @@ def _say_outdated(folder: Path, missing: Sequence[str], digests: Sequence[str], 
     if count:
         [(latest, _)] = found.most_common(1)
         logger.warning(
-            "%d frames have labels that another method, or an earlier form of %s, gave them (changed: %s): they are kept "
-            "in %s but not used",
+            "%d frames have labels of another method or of an earlier form of %s (changed: %s): they are kept in %s but "
+            "not used",
             count, method.name, differences(folder, latest, method.identity), folder,
         )  # fmt: skip
     return count
