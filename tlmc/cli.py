@@ -604,7 +604,8 @@ def label(
         if output.exists() and Path(structures).exists() and output.samefile(structures):
             raise ConfigError(f"{output} holds the structures to label: choose another --output")
         chosen = labelling.method(method or "gfn2-xtb", level_of_theory)
-        report = labelling.label(read_frames(Path(structures)), chosen, output, processes, retry_failed=retry_failed)
+        frames = read_frames(Path(structures))
+        report = labelling.label(frames, chosen, output, processes, retry_failed=retry_failed, source=structures)
     else:
         raise ConfigError("name a file of structures, or a recipe with --recipe")
     out.print(

@@ -21,7 +21,7 @@ _DECIMALS = 8
 _OF_A_GEOMETRY = re.compile(
     r"energ|force|stress|virial|dipole|^(spacegroup|unit_cell|occupancy|momenta)", re.IGNORECASE
 )
-"""Entries of ``info`` and arrays that belong to one geometry: labels, and what ASE's reader says of a CIF's symmetry."""
+"""Entries of ``info`` and arrays that belong to one geometry: labels, and what ASE reads of a CIF's symmetry."""
 
 _NO_CONTENT = frozenset({"numbers", "positions", "momenta", "level_of_theory"})
 

@@ -69,6 +69,7 @@ def label(
     processes: int = 1,
     work: Path | None = None,
     retry_failed: bool = False,
+    source: str = "",
 ) -> LabelReport:
     """Compute energy, forces and stress of every frame and write one extxyz file.
 
@@ -96,6 +97,8 @@ def label(
         Work folder; by default ``<target>.parts`` beside the target.
     retry_failed
         Compute frames again that failed in an earlier run.
+    source
+        Where the frames are from, for error messages.
 
     Returns
     -------
@@ -115,11 +118,12 @@ def label(
     if not frames:
         raise DataError(f"no frames to label for {target}")
     check_name(target)
-    states = checked(frames)
+    names = [f"{source}: frame {k}" if source else f"frame {k}" for k in range(len(frames))]
+    states = checked(frames, names)
     of_tblite = isinstance(method.make, TBLiteFactory)
     if of_tblite:
-        for k, (frame, state) in enumerate(zip(frames, states, strict=True)):
-            for_tblite(frame.copy(), state, f"frame {k}")
+        for frame, state, name in zip(frames, states, names, strict=True):
+            for_tblite(frame.copy(), state, name)
     folder = work_folder(target, work)
     with held(folder):
         check_free(target, folder)
@@ -213,30 +217,30 @@ def check_free(target: Path, folder: Path) -> None:
         )
 
 
-def checked(frames: Sequence[Atoms]) -> list[State]:
-    """Return the states of frames, all of which can be computed and written.
+def checked(frames: Sequence[Atoms], names: Sequence[str]) -> list[State]:
+    """Return the states of frames, all of which can be computed and written; names begin the messages.
 
     Raises
     ------
     DataError
         As in `label`.
     """
-    for k, frame in enumerate(frames):
+    for frame, name in zip(frames, names, strict=True):
         if not len(frame):
-            raise DataError(f"frame {k} has no atoms")
+            raise DataError(f"{name} has no atoms")
         if not (np.isfinite(frame.positions).all() and np.isfinite(frame.cell.array).all()):
-            raise DataError(f"frame {k} has positions or a cell that are not finite")
+            raise DataError(f"{name} has positions or a cell that are not finite")
         if (~frame.cell.any(axis=1) & frame.pbc).any():
-            raise DataError(f"frame {k} is periodic along a cell vector of no length")
-    states = states_of(frames)
-    for k, frame in enumerate(frames):
+            raise DataError(f"{name} is periodic along a cell vector of no length")
+    states = states_of(frames, names)
+    for frame, name in zip(frames, names, strict=True):
         if not content_words(frame):
             continue
         try:
             ase.io.write(io.StringIO(), rounded(frame), format="extxyz")
         except (TypeError, ValueError, KeyError) as error:
             raise DataError(
-                f"frame {k} cannot be written as extxyz for what its info or arrays hold ({error})"
+                f"{name} cannot be written as extxyz for its info or arrays ({error})"
             ) from error
     return states
 
@@ -312,8 +316,8 @@ def _say_outdated(folder: Path, missing: Sequence[str], digests: Sequence[str], 
     if count:
         [(latest, _)] = found.most_common(1)
         logger.warning(
-            "%d frames have labels of another method or of an earlier form of %s (changed: %s): they are kept in %s but "
-            "not used",
+            "%d frames have labels of another method or of an earlier form of %s (changed: %s): they are kept in %s "
+            "but not used",
             count, method.name, differences(folder, latest, method.identity), folder,
         )  # fmt: skip
     return count

@@ -96,15 +96,16 @@ def state_of(frame: Atoms, where: str) -> State:
     return State(charge, unpaired, convention)
 
 
-def states_of(frames: Sequence[Atoms]) -> list[State]:
-    """Return the states of frames, which must mean the same by ``spin``.
+def states_of(frames: Sequence[Atoms], names: Sequence[str] = ()) -> list[State]:
+    """Return the states of frames, which must mean the same by ``spin``; names begin the messages.
 
     Raises
     ------
     DataError
         As `state_of`, with the number of the frame.
     """
-    states = [state_of(frame, f"frame {k}") for k, frame in enumerate(frames)]
+    names = names or [f"frame {k}" for k in range(len(frames))]
+    states = [state_of(frame, name) for frame, name in zip(frames, names, strict=True)]
     first: dict[str, int] = {}
     for k, state in enumerate(states):
         if state.convention:
@@ -113,7 +114,7 @@ def states_of(frames: Sequence[Atoms]) -> list[State]:
         k, other = (first[convention] for convention in ("2S+1", "2S"))
         keys = [next(_from_info(frames[which], SPIN_KEYS, "")).words for which in (k, other)]
         raise DataError(
-            f"frame {k} has {keys[0]}, which by its number of electrons is 2S+1, and frame {other} has {keys[1]}, "
+            f"{names[k]} has {keys[0]}, which by its number of electrons is 2S+1, and frame {other} has {keys[1]}, "
             "which can only be a number of unpaired electrons: state info['multiplicity'] or "
             "info['unpaired_electrons'] instead"
         )

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -79,6 +80,7 @@ def in_processes(
             held.close()
             raise
         except BrokenProcessPool as error:
+            time.sleep(0.5)  # Ctrl-C ends the processes, and is then on its way to this one too
             raise DataError(
                 f"a process died, perhaps for lack of memory, with {len(results)} of {len(jobs)} calculations done; "
                 "run again to go on from there"
@@ -108,7 +110,8 @@ def _end_with_parent(lifeline: Connection) -> None:
     """End this process when its parent lets go of the pipe, or is killed, rather than wait for jobs that never come."""
     # Ctrl-C reaches all processes of a terminal. A code that is cut short by it looks like a failed calculation, so
     # this process must be gone before it can say so; and there is no use in one traceback from each
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a shell script
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
     def watch() -> None:
         with contextlib.suppress(EOFError, OSError):
