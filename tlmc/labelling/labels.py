@@ -239,9 +239,7 @@ def checked(frames: Sequence[Atoms], names: Sequence[str]) -> list[State]:
         try:
             ase.io.write(io.StringIO(), rounded(frame), format="extxyz")
         except (TypeError, ValueError, KeyError) as error:
-            raise DataError(
-                f"{name} cannot be written as extxyz for its info or arrays ({error})"
-            ) from error
+            raise DataError(f"{name} cannot be written as extxyz for its info or arrays ({error})") from error
     return states
 
 

@@ -106,9 +106,6 @@ def pack(
         sampler = identified(sampler, work)
         labels = None if labels is None else identified(labels, work)
     conformers = [_conformer(source, seed + k, labels or sampler, work) for k in range(plan.conformers)]
-    unit = _row(conformers[0])
-    if charge := state_of(unit, source).charge:
-        raise DataError(f"{source} has charge {charge:+g}, and a crystal must be neutral: add the ions that balance it")
     jobs, paths = [], []
     for k in range(plan.tries):
         turn, place = divmod(k, len(plan.cells))
@@ -194,6 +191,9 @@ def _conformer(source: str, seed: int, method: Method, work: Path | None) -> lis
         molecules = [part(whole, members) for members in find_molecules(whole)]
         for molecule in molecules:
             molecule.info["bonds"] = find_bonds(molecule).pairs()
+    unit = molecules[0] if len(molecules) == 1 else _row(molecules)
+    if charge := state_of(unit, source).charge:
+        raise DataError(f"{source} has charge {charge:+g}, and a crystal must be neutral: add the ions that balance it")
     if len(molecules) > 1:
         return molecules
     key = work_key(rounded(molecules[0]), repr(("conformer", method.identity)) + content_words(molecules[0]))
