@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 import time
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -237,8 +238,10 @@ def checked(frames: Sequence[Atoms], names: Sequence[str]) -> list[State]:
         if not content_words(frame):
             continue
         try:
-            ase.io.write(io.StringIO(), rounded(frame), format="extxyz")
-        except (TypeError, ValueError, KeyError) as error:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "Skipping unhashable information", UserWarning)
+                ase.io.write(io.StringIO(), rounded(frame), format="extxyz")
+        except (TypeError, ValueError, KeyError, UserWarning) as error:
             raise DataError(f"{name} cannot be written as extxyz for its info or arrays ({error})") from error
     return states
 
