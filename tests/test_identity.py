@@ -135,10 +135,7 @@ def test_identity_is_that_of_settings_and_versions(tmp_path: Path) -> None:
     assert "file labelling_calculators.py" in springs
     assert facts(Method("springs", Make(pause=0.2))) != springs
     assert facts(Method("springs", functools.partial(Springs, "", 0.1)))["setting pause"] == "0.1"
-    assert (
-        facts(Method("argon", MakeArgon()))["setting parameters"]
-        == facts(Method("argon", MakeArgon()))["setting parameters"]
-    )
+    assert facts(Method("argon", MakeArgon()))["setting sigma"] == "3.4"
 
 
 def test_weights_of_a_network_are_settings() -> None:
