@@ -210,10 +210,11 @@ def test_ctrl_c_keeps_what_is_done_and_calls_nothing_failed(tmp_path: Path, grou
 def test_a_file_of_anothers_is_never_replaced(tmp_path: Path) -> None:
     springs, target = Method("springs", Make()), tmp_path / "mine.extxyz"
     target.write_text("years of work\n")
-    with pytest.raises(ConfigError, match=r"mine.extxyz exists and is not as an earlier run of this command left it"):
+    with pytest.raises(ConfigError, match=r"mine\.extxyz exists, was not labelled here, and would be replaced"):
         label(atoms_in_a_box(1), springs, target)
-    with pytest.raises(ConfigError, match=r"mine.extxyz exists and is not as an earlier run"):
+    with pytest.raises(ConfigError, match=r"mine\.extxyz exists, was not labelled here"):
         build("naphthalene", target)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.extxyz"]
     assert target.read_text() == "years of work\n"
     target.unlink()
     label(atoms_in_a_box(2), springs, target)
@@ -225,7 +226,7 @@ def test_a_file_of_anothers_is_never_replaced(tmp_path: Path) -> None:
     assert kept.read_bytes() == before
     with target.open("a") as stream:
         stream.write("my notes\n")
-    with pytest.raises(ConfigError, match=r"mine.extxyz exists and is not as an earlier run"):
+    with pytest.raises(ConfigError, match=r"mine\.extxyz exists, was not labelled here"):
         label(atoms_in_a_box(1), springs, target)
     assert target.read_text().endswith("my notes\n")
 

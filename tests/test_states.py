@@ -35,7 +35,7 @@ from tlmc.labelling.compression import compress
 from tlmc.labelling.packings import Packings
 from tlmc.labelling.recipes import Recipe
 from tlmc.labelling.states import states_of
-from tlmc.sampling import CalculatorPool
+from tlmc.sampling import CalculatorPool, hessian, normal_modes, sample
 
 WITNESS = Method("witness", witness)
 
@@ -313,7 +313,14 @@ def test_the_charge_of_a_crystal_is_not_that_of_its_molecules() -> None:
     assert [found.get_initial_charges().tolist() for found in isolated_molecules(crystal, 5.0)] == [[1], [-1]]
 
 
-# --- active learning ---
+# --- sampling and active learning ---
+
+
+def test_samples_along_modes_keep_the_state() -> None:
+    ion = hydroxyl(charge=-1, charges=[-1, 0], solvent="water")
+    modes = normal_modes(ion, hessian(ion, method("gfn2-xtb").make()))
+    drawn = sample(modes, 300.0, 2, np.random.default_rng(0)).frames
+    assert [said(frame) for frame in drawn] == 2 * [([-1, 0], [0, 0], -1, "water", None)]
 
 
 def test_a_pool_labels_the_states_of_its_frames(tmp_path: Path) -> None:

@@ -127,7 +127,6 @@ def label(
             for_tblite(frame.copy(), state, name)
     folder = work_folder(target, work)
     with held(folder):
-        check_free(target, folder)
         if not of_tblite:
             _say_states(states, method)
         return _label(list(frames), states, identified(method, folder), target, folder, processes, retry_failed)
@@ -212,10 +211,7 @@ def check_name(target: Path) -> None:
 def check_free(target: Path, folder: Path) -> None:
     """Refuse to replace a file that no run with this work folder wrote, or that was changed since."""
     if target.exists() and written_before(target, folder) is None:
-        raise ConfigError(
-            f"{target} exists and is not as an earlier run of this command left it: move it away, or choose another "
-            "output"
-        )
+        raise ConfigError(f"{target} exists, was not labelled here, and would be replaced: name another file")
 
 
 def checked(frames: Sequence[Atoms], names: Sequence[str]) -> list[State]:
@@ -247,8 +243,15 @@ def checked(frames: Sequence[Atoms], names: Sequence[str]) -> list[State]:
 
 
 def work_folder(target: Path, work: Path | None) -> Path:
-    """Return the folder that keeps what is done, made if need be."""
+    """Return the folder that keeps what is done, made if need be.
+
+    Raises
+    ------
+    ConfigError
+        As `check_free`.
+    """
     folder = (work or target.with_name(target.name + ".parts")).resolve()
+    check_free(target, folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -11,7 +11,7 @@ from ase import Atoms
 from tlmc.errors import ConfigError
 from tlmc.labelling.frames import template
 from tlmc.labelling.identity import identified
-from tlmc.labelling.labels import LabelReport, check_free, check_name, held, label, work_folder
+from tlmc.labelling.labels import LabelReport, check_name, held, label, work_folder
 from tlmc.labelling.methods import Method, method
 from tlmc.labelling.molecules import isolated_molecules, make_whole
 from tlmc.labelling.packings import Packings, pack
@@ -197,7 +197,6 @@ def build(
     check_name(target)
     folder = work_folder(target, work)
     with held(folder):
-        check_free(target, folder)
         return _follow(recipe, target, processes, folder, retry_failed)
 
 

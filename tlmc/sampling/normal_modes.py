@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from tlmc.descriptors.aev import aev, neighbours
 from tlmc.errors import ConfigError, DataError
 from tlmc.geometry import contacts, is_crystal
+from tlmc.labelling.frames import template
 from tlmc.potentials.model import Potential
 from tlmc.potentials.network import forward
 
@@ -343,6 +344,9 @@ def sample(
 
 
 def _moved(frame: Atoms, displacement: FloatArray, **info: float) -> Atoms:
-    moved: Atoms = Atoms(frame.numbers, frame.positions + displacement, cell=frame.cell, pbc=frame.pbc, info=info)
+    moved = template(frame)  # with its charge and spin
+    moved.set_constraint()
+    moved.positions += displacement
+    moved.info |= info
     moved.set_masses(frame.get_masses())
     return moved
