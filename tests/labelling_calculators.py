@@ -20,9 +20,10 @@ class Springs(Calculator):
 
     implemented_properties = ["energy", "forces", "stress"]
 
-    def __init__(self, mood: str = "", pause: float = 0.0) -> None:
+    def __init__(self, mood: str = "", pause: float = 0.0, mended: str = "") -> None:
         super().__init__()
-        self.mood, self.pause = mood, pause
+        # private: no setting of the calculator by which labels are told apart
+        self._mood, self.pause = "" if mended and Path(mended).exists() else mood, pause
 
     def calculate(
         self, atoms: Atoms | None = None, properties: Any = None, system_changes: list[str] = all_changes
@@ -37,16 +38,65 @@ class Springs(Calculator):
             "stress": np.arange(6.0),
         }
         if self.atoms.positions[0, 0] > 1:
-            if self.mood == "scf":
+            if self._mood == "scf":
                 raise SCFError("SCF not converged in 250 cycles")
-            if self.mood == "nan":
+            if self._mood == "nan":
                 self.results["forces"][0, 1] = np.nan
-            if self.mood == "setup":
+            if self._mood == "setup":
                 raise InputError("no such functional")
-            if self.mood == "bug":
+            if self._mood == "bug":
                 raise TypeError("a defect of the calculator")
-            if self.mood == "die":
+            if self._mood == "die":
                 os._exit(3)
+
+
+class Witness(Calculator):
+    """Springs whose energy tells what the calculator was given: charge, magnetic moment, ``info["solvent"]``, tags."""
+
+    implemented_properties = ["energy", "forces", "stress"]
+
+    def calculate(
+        self, atoms: Atoms | None = None, properties: Any = None, system_changes: list[str] = all_changes
+    ) -> None:
+        super().calculate(atoms, properties, system_changes)
+        frame = self.atoms
+        self.results = {
+            "energy": 1000.0 * frame.get_initial_charges().sum()
+            + 100.0 * frame.get_initial_magnetic_moments().sum()
+            + 10.0 * len(frame.info.get("solvent", ""))
+            + frame.get_tags().sum(),
+            "forces": np.full((len(frame), 3), 0.5),
+            "stress": np.zeros(6),
+        }
+
+
+def witness() -> Calculator:
+    return Witness()
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """Factory of calculators whose results are no label."""
+
+    results: str
+
+    def __call__(self) -> Calculator:
+        calculator = Springs()
+        given = {
+            "matrix": {"stress": np.diag([1.0, 2.0, 3.0])},
+            "flat": {"forces": np.zeros(9)},
+            "text": {"energy": "low"},
+            "vasp": {},
+        }[self.results]
+        calculate = calculator.calculate
+
+        def wrong(*arguments: Any) -> None:
+            calculate(*arguments)
+            calculator.results |= given
+            calculator.converged = self.results != "vasp"
+
+        calculator.calculate = wrong
+        return calculator
 
 
 class EnergyOnly(Springs):
@@ -58,9 +108,11 @@ class Make:
     mood: str = ""
     pause: float = 0.0
     energy_only: bool = False
+    mended: str = ""
+    """File whose presence lifts the mood, as a larger queue does."""
 
     def __call__(self) -> Calculator:
-        return EnergyOnly() if self.energy_only else Springs(self.mood, self.pause)
+        return EnergyOnly() if self.energy_only else Springs(self.mood, self.pause, self.mended)
 
 
 @dataclass(frozen=True)

@@ -195,9 +195,11 @@ class TestLiveCalculator:
         first = CalculatorPool(frames, LennardJones(), tmp_path, "one")
         label = first.label([0])
         assert CalculatorPool(frames, LennardJones(), tmp_path, "one").label([0]).energies == label.energies
-        with pytest.raises(ConfigError, match="holds a label of one, not of two: choose another folder"):
-            CalculatorPool(frames, LennardJones(sigma=2.0), tmp_path, "two").label([0])
         (path,) = tmp_path.iterdir()
+        for calculator, name in ((LennardJones(sigma=2.0), "one"), (LennardJones(), "two")):
+            other = CalculatorPool(frames, calculator, tmp_path, name)
+            other.label([0])
+            assert other.calls == 1
         for content in ("{", "[]", '{"energy": 1}', '{"energy": 1, "forces": [[0, 0, 0]]}'):
             path.write_text(content)
             with pytest.raises(DataError, match=r"\.json holds no label of C2H6O"):
@@ -207,7 +209,7 @@ class TestLiveCalculator:
         path.write_text(json.dumps({"energy": float("nan"), "forces": zeros}))
         with pytest.raises(DataError, match="holds a label that is not finite"):
             CalculatorPool(frames, LennardJones(), tmp_path, "one").label([0])
-        path.write_text(json.dumps({"energy": 1.0, "forces": zeros}))  # of an earlier version
+        path.write_text(json.dumps({"energy": 1.0, "forces": zeros}))
         assert CalculatorPool(frames, LennardJones(), tmp_path, "one").label([0]).energies == [1.0]
 
     def test_members_that_say_the_same_are_no_committee(self, learner, data):

@@ -152,5 +152,5 @@ def test_dynamics_is_reproduced_from_its_seed(naphthalene: list[Atoms]) -> None:
     stored = naphthalene[80]
     assert stored.info["group"] == "md"
     short = replace(dynamics, frames=1)
-    frame = short.run(naphthalene[0], 0, int(stored.info["seed"]), method(recipe.sampler).make)[0]
+    frame = short.run(naphthalene[0], 0, int(stored.info["seed"]), method(recipe.sampler))[0]
     assert frame.positions == pytest.approx(stored.positions, abs=1e-6)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -14,9 +15,11 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk
-from labelling_calculators import Make, MakeArgon, atoms_in_a_box
+from labelling_calculators import Make, MakeArgon, Wrong, atoms_in_a_box
 from numpy.random import default_rng
+from typer.testing import CliRunner
 
+from tlmc.cli import app
 from tlmc.errors import ConfigError, DataError
 from tlmc.files import sha256_file
 from tlmc.labelling import Method, MolecularDynamics, Rattle, Recipe, build, label, method, relax
@@ -87,16 +90,18 @@ def test_failed_scf_is_counted_named_and_tried_again_only_on_request(
 ) -> None:
     target = tmp_path / "out.extxyz"
     frames = atoms_in_a_box(5)
-    report = label(frames, Method("springs", Make("scf")), target)
+    springs = Method("springs", Make("scf", mended=str(tmp_path / "mended")))
+    report = label(frames, springs, target)
     assert [failure.frame for failure in report.failed] == [3, 4]
     assert report.failed[0].reason == "SCFError: SCF not converged in 250 cycles"
     assert report.labelled == 3
     assert [frame.info["place"] for frame in ase.io.read(target, ":")] == [0, 1, 2]
     assert "frame 3 has no label: SCFError: SCF not converged" in caplog.text
 
-    again = label(frames, Method("springs", Make()), target)
+    (tmp_path / "mended").touch()
+    again = label(frames, springs, target)
     assert (again.reused, again.failed) == (5, report.failed)
-    retried = label(frames, Method("springs", Make()), target, retry_failed=True)
+    retried = label(frames, springs, target, retry_failed=True)
     assert (retried.labelled, retried.reused, retried.failed) == (5, 3, ())
 
 
@@ -141,10 +146,11 @@ def test_a_killed_run_resumes_to_the_same_file(tmp_path: Path) -> None:
         "from labelling_calculators import Make, atoms_in_a_box\n"
         f"label(atoms_in_a_box(12), Method('springs', Make(pause=0.4)), Path({str(target)!r}), processes=2)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    path = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
     process = subprocess.Popen([sys.executable, "-c", script], env=environment, start_new_session=True)
     limit = time.monotonic() + 120
-    while len(list(parts_of(target).glob("*.json"))) < 3:
+    while len(list(parts_of(target).glob("[0-9a-f]*-*.json"))) < 3:
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < limit
         time.sleep(0.02)
@@ -155,10 +161,181 @@ def test_a_killed_run_resumes_to_the_same_file(tmp_path: Path) -> None:
         time.sleep(0.1)
     assert not target.exists()
 
-    report = label(atoms_in_a_box(12), Method("springs", Make()), target)
+    report = label(atoms_in_a_box(12), Method("springs", Make(pause=0.4)), target)
     assert 3 <= report.reused < 12
     label(atoms_in_a_box(12), Method("springs", Make()), undisturbed)
     assert target.read_bytes() == undisturbed.read_bytes()
+
+
+@pytest.mark.parametrize("group", [True, False])
+def test_ctrl_c_keeps_what_is_done_and_calls_nothing_failed(tmp_path: Path, group: bool) -> None:
+    (tmp_path / "code.py").write_text(
+        "import subprocess\n"
+        "from labelling_calculators import Springs\n\n\n"
+        "class Code(Springs):\n"
+        "    def calculate(self, *arguments):\n"
+        "        # like the programs behind ASE, which Ctrl-C ends too\n"
+        "        subprocess.run(['sleep', '0.4'], check=True)\n"
+        "        super().calculate(*arguments)\n\n\n"
+        "def calculator():\n"
+        "    return Code()\n"
+    )
+    ase.io.write(tmp_path / "frames.extxyz", atoms_in_a_box(40))
+    target = tmp_path / "out.extxyz"
+    command = [sys.executable, "-m", "tlmc.cli", "label", "frames.extxyz", "-o", "out.extxyz"]
+    command += ["--method", "code.py:calculator", "--processes", "2"]
+    path = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    process = subprocess.Popen(
+        command, env=environment, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    limit = time.monotonic() + 120
+    while len(list(parts_of(target).glob("[0-9a-f]*-*.json"))) < 3:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    done = [json.loads(part.read_text()) for part in parts_of(target).glob("[0-9a-f]*-*.json")]
+    assert 3 <= len(done) < 40
+    assert not any(part["error"] for part in done)
+    assert not target.exists()
+
+
+# --- files ---
+
+
+def test_a_file_of_anothers_is_never_replaced(tmp_path: Path) -> None:
+    springs, target = Method("springs", Make()), tmp_path / "mine.extxyz"
+    target.write_text("years of work\n")
+    with pytest.raises(ConfigError, match=r"mine\.extxyz exists, was not labelled here, and would be replaced"):
+        label(atoms_in_a_box(1), springs, target)
+    with pytest.raises(ConfigError, match=r"mine\.extxyz exists, was not labelled here"):
+        build("naphthalene", target)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.extxyz"]
+    assert target.read_text() == "years of work\n"
+    target.unlink()
+    label(atoms_in_a_box(2), springs, target)
+    label(atoms_in_a_box(3), springs, target)  # its own, and more than before
+    assert not list(parts_of(target).glob("*-mine.extxyz"))
+    before = target.read_bytes()
+    label(atoms_in_a_box(1), springs, target)
+    [kept] = parts_of(target).glob("*-mine.extxyz")
+    assert kept.read_bytes() == before
+    with target.open("a") as stream:
+        stream.write("my notes\n")
+    with pytest.raises(ConfigError, match=r"mine\.extxyz exists, was not labelled here"):
+        label(atoms_in_a_box(1), springs, target)
+    assert target.read_text().endswith("my notes\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("out.traj", "out.traj: labels are written as extxyz"), ("", "is a folder: name a file to write")],
+)
+def test_a_name_that_is_none_of_extxyz_is_refused(tmp_path: Path, name: str, sentence: str) -> None:
+    for work in (
+        lambda target: label(atoms_in_a_box(1), Method("springs", Make()), target),
+        lambda t: build("ethanol", t),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            work(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_structures_are_not_replaced_by_their_labels(tmp_path: Path) -> None:
+    source = tmp_path / "frames.extxyz"
+    ase.io.write(source, atoms_in_a_box(1))
+    before = source.read_bytes()
+    (tmp_path / "link.extxyz").symlink_to(source)
+    for output in (source, tmp_path / "link.extxyz"):
+        result = CliRunner().invoke(app, ["label", str(source), "-o", str(output)])
+        assert result.exit_code == 2
+        assert source.read_bytes() == before
+
+
+def test_what_lies_in_the_work_folder_stays(tmp_path: Path) -> None:
+    target = tmp_path / "out.extxyz"
+    parts_of(target).mkdir()
+    (parts_of(target) / "notes.txt").write_text("mine")
+    (parts_of(target) / "folder").mkdir()
+    label(atoms_in_a_box(1), Method("springs", Make()), target)
+    [part] = parts_of(target).glob("[0-9a-f]*-*.json")
+    part.write_text("{")  # as a full disk leaves it
+    assert label(atoms_in_a_box(1), Method("springs", Make()), target).reused == 0
+    assert (parts_of(target) / "notes.txt").read_text() == "mine"
+    assert (parts_of(target) / "folder").is_dir()
+
+
+def test_two_processes_do_not_label_into_one_folder(tmp_path: Path) -> None:
+    target = tmp_path / "out.extxyz"
+    script = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from tlmc.labelling.labels import held, work_folder\n"
+        f"with held(work_folder(Path({str(target)!r}), None)):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(DataError, match=r"another process is at work in .*out.extxyz.parts"):
+            label(atoms_in_a_box(1), Method("springs", Make()), target)
+        other.kill()
+    assert label(atoms_in_a_box(1), Method("springs", Make()), target).labelled == 1
+
+
+@pytest.mark.parametrize(
+    ("frame", "sentence"),
+    [
+        (Atoms(), "frame 1 has no atoms"),
+        (Atoms("H", [[np.nan, 0, 0]]), "frame 1 has positions or a cell that are not finite"),
+        (Atoms("H", pbc=True), "frame 1 is periodic along a cell vector of no length"),
+        (Atoms("H", info={"path": {1, 2}}), r"frame 1 cannot be written as extxyz for its info or arrays"),
+    ],
+)
+def test_frames_that_cannot_be_labelled_are_named_before_work_starts(
+    tmp_path: Path, frame: Atoms, sentence: str
+) -> None:
+    with pytest.raises(DataError, match=sentence):
+        label([*atoms_in_a_box(1), frame], Method("springs", Make()), tmp_path / "out.extxyz")
+    assert not list(tmp_path.iterdir())
+
+
+def test_earlier_labels_give_way_to_the_new_ones(tmp_path: Path) -> None:
+    frame = Atoms("NO", [[0, 0, 0], [0, 0, 1.15]], info={"energy": -1.0, "REF_energy": -2.0})
+    frame.arrays["forces"] = np.ones((2, 3))
+    label([frame], Method("springs", Make()), tmp_path / "out.extxyz")
+    found = ase.io.read(tmp_path / "out.extxyz")
+    assert found.get_potential_energy() == pytest.approx(0.5 * 1.15**2)
+    assert found.get_forces() == pytest.approx(-frame.positions)
+    assert found.info["REF_energy"] == -2.0
+
+
+def test_results_of_the_wrong_kind_are_no_labels(tmp_path: Path) -> None:
+    frames = atoms_in_a_box(1)
+    report = label(frames, Method("springs", Wrong("matrix")), tmp_path / "out.extxyz")
+    assert ase.io.read(report.target).get_stress() == pytest.approx([1, 2, 3, 0, 0, 0])
+    with pytest.raises(ConfigError, match=r"frame 0: calculator Springs returned forces of shape \(9,\), not \(3, 3\)"):
+        label(frames, Method("springs", Wrong("flat")), tmp_path / "flat.extxyz")
+    with pytest.raises(ConfigError, match=r"frame 0: calculator Springs returned energy 'low', which are no numbers"):
+        label(frames, Method("springs", Wrong("text")), tmp_path / "text.extxyz")
+    with pytest.raises(DataError, match="none of 1 frames .* Springs says that it is not converged"):
+        label(frames, Method("springs", Wrong("vasp")), tmp_path / "vasp.extxyz")
+
+
+def test_tblite_fails_on_a_frame_and_not_on_the_others(tmp_path: Path) -> None:
+    frames = [Atoms("H2", [[0, 0, 0], [0, 0, 0.74]]), Atoms("H2", [[0, 0, 0], [0, 0, 0]])]
+    report = label(frames, method("gfn2-xtb"), tmp_path / "out.extxyz")
+    assert report.labelled == 1
+    assert [failure.frame for failure in report.failed] == [1]
+    assert "Too close interatomic distances" in report.failed[0].reason
+
+
+# --- recipes ---
 
 
 def test_build_follows_a_recipe_and_resumes(tmp_path: Path) -> None:

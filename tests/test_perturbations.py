@@ -22,6 +22,7 @@ from tlmc.labelling import (
     RigidMotion,
     Strain,
     find_molecules,
+    identified,
     isolated_molecules,
     make_whole,
     perturb,
@@ -157,7 +158,9 @@ def test_molecular_dynamics_reaches_its_temperature_and_resumes(tmp_path: Path) 
 
     assert len(list(tmp_path.glob("md-*.extxyz"))) == 2
     # a run found in the work folder is not run again, so not even its calculator is needed
-    again = perturb(argon, [step], 4, Method("Lennard-Jones", Make("bug")), work=tmp_path)
+    again = perturb(
+        argon, [step], 4, Method("Lennard-Jones", Make("bug"), identified(sampler, tmp_path).identity), work=tmp_path
+    )
     for a, b in zip(frames, again, strict=True):
         assert (a.positions == b.positions).all()
         assert a.info == b.info

@@ -606,8 +606,13 @@ def label(
     """Label structures with energies, forces and stresses by any ASE calculator, or make a training set from scratch.
 
     From scratch means: of a crystal, or of a molecule, which is packed into candidate crystals first. An interrupted
-    run goes on where it was; failed calculations are counted and named. A method of your own is a function without
-    arguments that returns an ASE calculator, of VASP, CP2K, GPAW or whatever your cluster has.
+    run goes on where it was; failed calculations are counted and named. A method of your own is a function that returns
+    an ASE calculator, of VASP, CP2K, GPAW or whatever your cluster has; if it takes an argument, it gets the frame.
+
+    Frames state charge and spin in info (charge, total_charge; multiplicity, spin, unpaired_electrons) or by initial
+    charges and magnetic moments of their atoms; statements that contradict each other are refused. Everything is kept
+    in OUTPUT.parts: when the file of a method or a setting in it changes, frames are labelled anew. A file that another
+    command wrote is never replaced.
 
     [bold]Examples[/bold]
 
@@ -638,8 +643,11 @@ def label(
             raise ConfigError("--level-of-theory goes with a --method of your own, not with --recipe")
         report = labelling.build(plan, output, processes, retry_failed=retry_failed)
     elif structures is not None:
+        if output.exists() and Path(structures).exists() and output.samefile(structures):
+            raise ConfigError(f"{output} holds the structures to label: choose another --output")
         chosen = labelling.method(method or "gfn2-xtb", level_of_theory)
-        report = labelling.label(read_frames(Path(structures)), chosen, output, processes, retry_failed=retry_failed)
+        frames = read_frames(Path(structures))
+        report = labelling.label(frames, chosen, output, processes, retry_failed=retry_failed, source=structures)
     else:
         raise ConfigError("name a file of structures, or a recipe with --recipe")
     out.print(

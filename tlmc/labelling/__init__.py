@@ -10,6 +10,7 @@ processes and resumable, and every stage is a public function for structures of 
 
 from __future__ import annotations
 
+from tlmc.labelling.identity import identified
 from tlmc.labelling.labels import LabelReport, label
 from tlmc.labelling.methods import ImportedFactory, Method, TBLiteFactory, method
 from tlmc.labelling.molecules import Bonds, find_bonds, find_molecules, formula_unit, isolated_molecules, make_whole
@@ -19,6 +20,7 @@ from tlmc.labelling.recipes import RECIPES, Recipe, build, for_structure
 from tlmc.labelling.relaxation import relax
 from tlmc.labelling.screening import Rejection, Screened, screen
 from tlmc.labelling.sources import molecules_from_smiles, read_structure
+from tlmc.labelling.states import State, state_of
 
 __all__ = [
     "RECIPES",
@@ -35,6 +37,7 @@ __all__ = [
     "Rejection",
     "RigidMotion",
     "Screened",
+    "State",
     "Strain",
     "TBLiteFactory",
     "build",
@@ -42,6 +45,7 @@ __all__ = [
     "find_molecules",
     "for_structure",
     "formula_unit",
+    "identified",
     "isolated_molecules",
     "label",
     "make_whole",
@@ -52,5 +56,6 @@ __all__ = [
     "read_structure",
     "relax",
     "screen",
+    "state_of",
     "strained",
 ]

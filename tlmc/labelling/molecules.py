@@ -18,6 +18,8 @@ from scipy.sparse.csgraph import breadth_first_order, connected_components
 
 from tlmc.equality import equal_by_content
 from tlmc.errors import DataError
+from tlmc.labelling.frames import template
+from tlmc.labelling.states import state_of, without_state
 
 IntArray = NDArray[np.int64]
 
@@ -126,17 +128,28 @@ def make_whole(frame: Atoms, bonds: Bonds | None = None) -> Atoms:
 def isolated_molecules(crystal: Atoms, vacuum: float = 8.0, together: bool = False) -> list[Atoms]:
     """Return the first molecule of each formula in a crystal, alone in a periodic cubic box.
 
+    Charges and moments of atoms stay with them. A charge or spin that ``info`` states is that of the whole crystal.
+
     Parameters
     ----------
     vacuum
         Distance kept from the molecule to every face of the box, Angstrom.
     together
         Return one cluster of all formulas instead, each molecule in the place nearest to the first: the ions of a salt.
+
+    Raises
+    ------
+    DataError
+        If the crystal is no molecular one, or its ``info`` states a charge or unpaired electrons, and its atoms do not
+        say which molecule has them.
     """
-    whole = make_whole(crystal)
+    whole = template(make_whole(crystal))
+    whole.set_constraint()
     of_formula: dict[str, list[Atoms]] = {}
     for members in find_molecules(whole):
-        molecule = Atoms(whole.numbers[members], positions=whole.positions[members])
+        molecule = part(whole, members)
+        molecule.set_cell(None)
+        molecule.pbc = False
         of_formula.setdefault(molecule.get_chemical_formula(), []).append(molecule)
     chosen = [molecules[0] for molecules in of_formula.values()]
     if together:
@@ -150,6 +163,29 @@ def isolated_molecules(crystal: Atoms, vacuum: float = 8.0, together: bool = Fal
         molecule.center()
         molecule.pbc = True
     return chosen
+
+
+def part(frame: Atoms, members: IntArray) -> Atoms:
+    """Return some atoms of a frame as a frame, with what is said of them and not what is said of all.
+
+    Raises
+    ------
+    DataError
+        If ``info`` states a charge or unpaired electrons that the atoms do not say the place of.
+    """
+    atoms: Atoms = frame[members]
+    if len(members) < len(frame):
+        state = state_of(frame, frame.get_chemical_formula())
+        lost = (state.charge and not frame.has("initial_charges")) or (
+            state.unpaired and not frame.has("initial_magmoms")
+        )
+        if lost:
+            raise DataError(
+                f"{frame.get_chemical_formula()} has {state.words()}, but its atoms do not say which molecule: give "
+                "them initial charges and initial magnetic moments"
+            )
+        atoms.info = without_state(atoms.info)
+    return atoms
 
 
 def _nearest(molecules: list[Atoms], target: Atoms, crystal: Atoms) -> Atoms:

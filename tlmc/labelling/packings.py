@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 
 from tlmc.errors import ConfigError, DataError
 from tlmc.labelling.compression import compress
-from tlmc.labelling.frames import rounded, work_key
+from tlmc.labelling.frames import bare, content_words, moved, rounded, work_key
+from tlmc.labelling.identity import identified
 from tlmc.labelling.methods import Method
-from tlmc.labelling.molecules import find_bonds, find_molecules, make_whole
+from tlmc.labelling.molecules import find_bonds, find_molecules, make_whole, part
 from tlmc.labelling.relaxation import relax
 from tlmc.labelling.screening import Rejection
 from tlmc.labelling.sources import molecules_from_smiles, read_structure
+from tlmc.labelling.states import state_of, without_state
 from tlmc.labelling.workers import structures_in_processes
 
 logger = logging.getLogger(__name__)
@@ -98,15 +100,19 @@ def pack(
     ConfigError
         If PyXtal or RDKit is not installed.
     DataError
-        If no candidate is worth keeping.
+        If no candidate is worth keeping, or the formula unit is charged.
     """
+    if work is not None:
+        sampler = identified(sampler, work)
+        labels = None if labels is None else identified(labels, work)
     conformers = [_conformer(source, seed + k, labels or sampler, work) for k in range(plan.conformers)]
     jobs, paths = [], []
     for k in range(plan.tries):
         turn, place = divmod(k, len(plan.cells))
         own = int(SeedSequence((seed, k)).generate_state(1)[0])
         job = _Candidate(k, conformers[turn % len(conformers)], plan.cells[place], own, plan, sampler)
-        key = work_key(rounded(_row(job.molecules)), repr((job.cell, own, sampler.name, _how(plan))))
+        row = rounded(_row(job.molecules))
+        key = work_key(row, repr((job.cell, own, sampler.identity, _how(plan))) + content_words(row))
         jobs.append(job)
         paths.append(work / f"packing-{key}.extxyz" if work else None)
     found = [frames[0] for frames in structures_in_processes(_candidate, jobs, paths, processes)]
@@ -182,20 +188,22 @@ def _conformer(source: str, seed: int, method: Method, work: Path | None) -> lis
         molecules = molecules_from_smiles(source.removeprefix("smiles:"), seed)
     else:
         whole = make_whole(read_structure(source))
-        molecules = [Atoms(whole[members]) for members in find_molecules(whole)]
+        molecules = [part(whole, members) for members in find_molecules(whole)]
         for molecule in molecules:
             molecule.info["bonds"] = find_bonds(molecule).pairs()
+    unit = molecules[0] if len(molecules) == 1 else _row(molecules)
+    if charge := state_of(unit, source).charge:
+        raise DataError(f"{source} has charge {charge:+g}, and a crystal must be neutral: add the ions that balance it")
     if len(molecules) > 1:
         return molecules
-    key = work_key(rounded(molecules[0]), repr(("conformer", method.name)))
+    key = work_key(rounded(molecules[0]), repr(("conformer", method.identity)) + content_words(molecules[0]))
     path = work / f"conformer-{key}.extxyz" if work else None
-    relaxed = structures_in_processes(_relax_conformer, [_Conformer(molecules, method)], [path], 1)[0]
-    relaxed[0].info = molecules[0].info
-    return relaxed
+    [relaxed] = structures_in_processes(_relax_conformer, [_Conformer(molecules, method)], [path], 1)[0]
+    return [moved(molecules[0], relaxed)]
 
 
 def _relax_conformer(job: _Conformer) -> list[Atoms]:
-    return [relax(molecule, job.method, fmax=0.1, steps=200) for molecule in job.molecules]
+    return [bare(relax(molecule, job.method, fmax=0.1, steps=200)) for molecule in job.molecules]
 
 
 @dataclass(frozen=True)
@@ -216,13 +224,12 @@ def _candidate(job: _Candidate) -> list[Atoms]:
         nothing = _row(job.molecules)
         nothing.info = {"packing": job.number, "seed": job.seed, "left_out": f"PyXtal: {error}"}
         return [nothing]
-    info = {"packing": job.number, "space_group": symbol, "seed": job.seed}
+    info = _said_of(job.molecules) | {"packing": job.number, "space_group": symbol, "seed": job.seed}
+    crystal.info = info
     dense = compress(crystal, members, pressure=job.plan.pressure * _GPA)
     try:
         relaxed = relax(dense, job.method, fmax=job.plan.fmax, steps=job.plan.steps, cell=True)
-        relaxed.calc = job.method.make()
-        energy = relaxed.get_potential_energy() / len(relaxed)
-        relaxed.calc = None
+        energy = job.method.attach(relaxed).get_potential_energy() / len(relaxed)
         whole = make_whole(relaxed)
     except (RuntimeError, ArithmeticError, DataError) as error:  # the SCF failed, or molecules became a network
         dense.info = info | {"left_out": f"{type(error).__name__}: {' '.join(str(error).split())}"}
@@ -230,6 +237,11 @@ def _candidate(job: _Candidate) -> list[Atoms]:
     result = rounded(whole)
     result.info = info | {"energy_per_atom": float(energy)}
     return [result]
+
+
+def _said_of(molecules: Sequence[Atoms]) -> dict[str, Any]:
+    """Return what the user's file says of the molecules, less their states, which those of a crystal are not."""
+    return {key: value for key, value in without_state(molecules[0].info).items() if key != "bonds"}
 
 
 def _bonds(job: _Candidate) -> list[tuple[int, int]]:
@@ -259,4 +271,8 @@ def _random_packing(job: _Candidate) -> tuple[Atoms, list[NDArray[np.int64]], st
     ends = np.cumsum([len(molecule) for molecule in job.molecules for _ in range(n_units)])
     members = [np.arange(end - size, end) for end, size in zip(ends, np.diff(ends, prepend=0), strict=True)]
     crystal = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True)
+    if any(molecule.get_initial_magnetic_moments().any() for molecule in job.molecules):
+        crystal.set_initial_magnetic_moments(
+            np.concatenate([np.tile(molecule.get_initial_magnetic_moments(), n_units) for molecule in job.molecules])
+        )
     return crystal, members, str(drawn.group.symbol)

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from tlmc.errors import ConfigError
-from tlmc.labelling.frames import rounded, work_key
-from tlmc.labelling.methods import CalculatorFactory, Method
+from tlmc.labelling.frames import bare, content_words, moved, rounded, template, work_key
+from tlmc.labelling.identity import identified
+from tlmc.labelling.methods import Method
 from tlmc.labelling.molecules import find_molecules, make_whole
 from tlmc.labelling.workers import structures_in_processes
 
@@ -131,10 +132,9 @@ class MolecularDynamics:
         """Number of snapshots of all runs."""
         return len(self.temperatures) * self.frames
 
-    def run(self, crystal: Atoms, run: int, seed: int, make: CalculatorFactory) -> list[Atoms]:
-        """Return the snapshots of one run."""
-        frame = strained(crystal, (1 + self.strains[run]) * np.eye(3))
-        frame.calc = make()
+    def run(self, crystal: Atoms, run: int, seed: int, sampler: Method) -> list[Atoms]:
+        """Return the snapshots of one run, of the crystal in its charge and spin, without its constraints."""
+        frame = sampler.attach(strained(crystal, (1 + self.strains[run]) * np.eye(3)), crystal.get_chemical_formula())
         thermal = np.sqrt(frame.get_masses() * (units.kB * 2 * self.temperatures[run]))
         frame.set_momenta(default_rng(seed).standard_normal((len(frame), 3)) * thermal[:, None])
         Stationary(frame)
@@ -142,7 +142,7 @@ class MolecularDynamics:
         snapshots = []
         for _ in range(self.frames):
             dynamics.run(self.interval)
-            snapshots.append(Atoms(frame.numbers, frame.positions, cell=frame.cell, pbc=frame.pbc))
+            snapshots.append(moved(crystal, frame))
         return snapshots
 
 
@@ -152,7 +152,7 @@ Perturbation = Rattle | RigidMotion | Strain | MolecularDynamics
 def strained(crystal: Atoms, deformation: FloatArray) -> Atoms:
     """Return a copy with the cell multiplied by ``deformation``, shape ``(3, 3)``, molecules moved but not deformed."""
     frame: Atoms = crystal.copy()
-    frame.set_cell(crystal.cell.array @ deformation)
+    frame.cell[:] = crystal.cell.array @ deformation
     for members in find_molecules(crystal):
         centre = crystal.positions[members].mean(axis=0)
         frame.positions[members] += centre @ deformation - centre
@@ -170,7 +170,8 @@ def perturb(
     """Return the structure itself followed by its perturbed copies, the same for the same arguments.
 
     Every frame's randomness comes from its own seed, written into ``info["seed"]``, so changing one part of a plan
-    leaves the frames of the others as they were.
+    leaves the frames of the others as they were. Charges, moments and ``info`` are those of the structure, except
+    labels and other entries that are true of its geometry only.
 
     Parameters
     ----------
@@ -199,23 +200,27 @@ def perturb(
     DataError
         If the structure is not made of molecules.
     """
-    whole = make_whole(crystal)
-    whole.calc = None
-    whole.info = {}
+    whole = template(make_whole(crystal))
+    whole.set_constraint()
     frames = [_tagged(whole, "start", seed, "none")]
     for part, step in enumerate(plan):
         if isinstance(step, MolecularDynamics):
             if sampler is None:
                 raise ConfigError("molecular dynamics needs a sampler method, got None")
+            if work is not None:
+                sampler = identified(sampler, work)
             seeds = [_seed(seed, part, run) for run in range(len(step.temperatures))]
             jobs = [_Run(whole, step, run, seeds[run], sampler) for run in range(len(seeds))]
-            keys = [work_key(whole, repr((step, job.run, job.seed, sampler.name))) for job in jobs]
+            keys = [
+                work_key(whole, repr((step, job.run, job.seed, sampler.identity)) + content_words(whole))
+                for job in jobs
+            ]
             paths = [work / f"md-{key}.extxyz" if work else None for key in keys]
             runs = structures_in_processes(_run_dynamics, jobs, paths, processes)
             for job, snapshots in zip(jobs, runs, strict=True):
                 frames += [
                     _tagged(
-                        snapshot,
+                        moved(whole, snapshot),
                         step.group,
                         job.seed,
                         f"{step.temperatures[job.run]:g} K, strain {step.strains[job.run]:+g}, "
@@ -236,9 +241,9 @@ def _seed(seed: int, part: int, index: int) -> int:
 
 
 def _tagged(frame: Atoms, group: str, seed: int, words: str) -> Atoms:
-    bare = rounded(frame)
-    bare.info = {"group": group, "seed": seed, "perturbation": words}
-    return bare
+    tagged = rounded(frame)
+    tagged.info |= {"group": group, "seed": seed, "perturbation": words}
+    return tagged
 
 
 @dataclass(frozen=True)
@@ -251,4 +256,4 @@ class _Run:
 
 
 def _run_dynamics(job: _Run) -> list[Atoms]:
-    return [rounded(snapshot) for snapshot in job.step.run(job.crystal, job.run, job.seed, job.sampler.make)]
+    return [bare(snapshot) for snapshot in job.step.run(job.crystal, job.run, job.seed, job.sampler)]

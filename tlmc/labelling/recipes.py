@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 from ase import Atoms
 
 from tlmc.errors import ConfigError
-from tlmc.labelling.labels import LabelReport, label
+from tlmc.labelling.frames import template
+from tlmc.labelling.identity import identified
+from tlmc.labelling.labels import LabelReport, check_name, held, label, work_folder
 from tlmc.labelling.methods import Method, method
 from tlmc.labelling.molecules import isolated_molecules, make_whole
 from tlmc.labelling.packings import Packings, pack
@@ -192,9 +194,14 @@ def build(
             raise ConfigError(f"unknown recipe {recipe!r}; known are {', '.join(RECIPES)}")
         recipe = RECIPES[recipe]
     target = Path(target)
-    folder = (work or target.with_name(target.name + ".parts")).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    labels, sampler = method(recipe.method), method(recipe.sampler)
+    check_name(target)
+    folder = work_folder(target, work)
+    with held(folder):
+        return _follow(recipe, target, processes, folder, retry_failed)
+
+
+def _follow(recipe: Recipe, target: Path, processes: int, folder: Path, retry_failed: bool) -> LabelReport:
+    labels, sampler = (identified(method(name), folder) for name in (recipe.method, recipe.sampler))
     starts, discarded = _starts(recipe, labels, sampler, processes, folder)
     frames: list[Atoms] = []
     rejected: list[Rejection] = []
@@ -228,17 +235,39 @@ def _starts(
         structure = make_whole(read_structure(recipe.structure))
         crystal = relaxed(structure, labels, recipe.fmax, recipe.relax_cell, folder)
         starts = [_Start(crystal, recipe.plan, recipe.seed, {})]
-        molecules = isolated_molecules(structure, recipe.vacuum) if recipe.molecule_plan else []
+        molecules = _alone(structure, recipe.vacuum) if recipe.molecule_plan else []
     else:
         packed = pack(recipe.structure, recipe.packings, recipe.seed, sampler, labels, processes, folder)
         discarded = packed.rejected
         starts = [
-            _Start(crystal, recipe.plan, crystal.info["seed"], {k: crystal.info[k] for k in ("packing", "space_group")})
+            _Start(
+                _unnumbered(crystal),
+                recipe.plan,
+                crystal.info["seed"],
+                {k: crystal.info[k] for k in ("packing", "space_group")},
+            )
             for crystal in packed.crystals
         ]
         # the ions of a salt stay together: alone they would be charged
-        molecules = isolated_molecules(packed.crystals[0], recipe.vacuum, together=True) if recipe.molecule_plan else []
+        molecules = (
+            isolated_molecules(starts[0].structure, recipe.vacuum, together=True) if recipe.molecule_plan else []
+        )
     for index, molecule in enumerate(molecules):
         alone = relaxed(molecule, labels, recipe.fmax, False, folder)
         starts.append(_Start(alone, recipe.molecule_plan, recipe.seed + 1 + index, {"group": "molecule"}))
     return starts, discarded
+
+
+def _unnumbered(crystal: Atoms) -> Atoms:
+    """Return a packing less what `pack` says of it."""
+    copy = template(crystal)
+    for key in ("packing", "space_group", "seed"):
+        copy.info.pop(key, None)
+    return copy
+
+
+def _alone(crystal: Atoms, vacuum: float) -> list[Atoms]:
+    """Return the molecules of a crystal, each alone; ions of a salt together, since alone they would be charged."""
+    molecules = isolated_molecules(crystal, vacuum)
+    ions = [m for m in molecules if m.get_initial_charges().sum().round() or m.numbers.sum() % 2]
+    return isolated_molecules(crystal, vacuum, together=True) if len(molecules) > 1 and ions else molecules

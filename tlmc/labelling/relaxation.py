@@ -13,7 +13,7 @@ from ase import Atoms
 from ase.filters import FrechetCellFilter
 from ase.optimize import BFGS
 
-from tlmc.labelling.frames import rounded, work_key
+from tlmc.labelling.frames import bare, content_words, moved, plain, work_key
 from tlmc.labelling.methods import Method
 from tlmc.labelling.workers import structures_in_processes
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def relax(
     structure: Atoms, method: Method, fmax: float = 0.02, steps: int = 300, cell: bool = False, pressure: float = 0.0
 ) -> Atoms:
-    """Return the structure relaxed with BFGS.
+    """Return the structure relaxed with BFGS, with its charge and spin and under its constraints.
 
     Parameters
     ----------
@@ -36,8 +36,8 @@ def relax(
     pressure
         Hydrostatic pressure, eV/Angstrom^3.
     """
-    frame = structure.copy()
-    frame.calc = method.make()
+    frame = method.attach(structure, structure.get_chemical_formula())
+    frame.set_constraint(structure.constraints)
     with quiet_logarithms():
         optimizer = BFGS(FrechetCellFilter(frame, scalar_pressure=pressure) if cell else frame, logfile=None)  # type: ignore[arg-type]
         converged = optimizer.run(fmax=fmax, steps=steps)
@@ -45,7 +45,7 @@ def relax(
         logger.warning(
             "%s is not relaxed to %g eV/A after %d steps", structure.get_chemical_formula(), fmax, optimizer.nsteps
         )
-    return rounded(frame)
+    return moved(structure, frame)
 
 
 @contextlib.contextmanager
@@ -66,10 +66,11 @@ class _Relaxation:
 
 def relaxed(structure: Atoms, method: Method, fmax: float, cell: bool, folder: Path) -> Atoms:
     """Return the structure relaxed in a process of one thread, from the work folder if it is there."""
-    path = folder / f"relaxed-{work_key(structure, repr((method.name, fmax, cell)))}.extxyz"
+    words = repr((method.identity, fmax, cell)) + content_words(structure) + str(plain(structure.constraints))
+    path = folder / f"relaxed-{work_key(structure, words)}.extxyz"
     job = _Relaxation(structure, method, fmax, cell)
-    return structures_in_processes(_relax_one, [job], [path], 1)[0][0]
+    return moved(structure, structures_in_processes(_relax_one, [job], [path], 1)[0][0])
 
 
 def _relax_one(job: _Relaxation) -> list[Atoms]:
-    return [relax(job.structure, job.method, job.fmax, cell=job.cell)]
+    return [bare(relax(job.structure, job.method, job.fmax, cell=job.cell))]

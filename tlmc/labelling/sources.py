@@ -9,6 +9,7 @@ from pathlib import Path
 from ase import Atoms
 
 from tlmc.errors import ConfigError, DataError
+from tlmc.labelling.frames import template
 
 
 def read_structure(source: str) -> Atoms:
@@ -17,7 +18,8 @@ def read_structure(source: str) -> Atoms:
     Parameters
     ----------
     source
-        Of a SMILES the first conformer is taken; fragments (the ions of a salt) stand 6 Angstrom apart.
+        Of a SMILES the first conformer is taken; fragments (the ions of a salt) stand 6 Angstrom apart. Charges,
+        moments and ``info`` of a file are kept, less labels.
 
     Raises
     ------
@@ -46,7 +48,8 @@ def molecules_from_smiles(smiles: str, seed: int = 0) -> list[Atoms]:
     -------
     list of Atoms
         In the order of the fragments, hydrogen included, not periodic and not relaxed. ``info["bonds"]`` holds the
-        pairs of bonded atoms.
+        pairs of bonded atoms. Ions have the formal charges of their atoms as initial charges, radicals the unpaired
+        electrons of theirs as initial magnetic moments.
 
     Raises
     ------
@@ -72,6 +75,12 @@ def molecules_from_smiles(smiles: str, seed: int = 0) -> list[Atoms]:
             positions = molecule.GetConformer().GetPositions()
             bonds = [(bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()) for bond in molecule.GetBonds()]
             atoms = Atoms([atom.GetSymbol() for atom in molecule.GetAtoms()], positions)
+            charges = [atom.GetFormalCharge() for atom in molecule.GetAtoms()]
+            if sum(charges):  # what cancels inside a molecule, as in a nitro group, says nothing of it
+                atoms.set_initial_charges(charges)
+            unpaired = [atom.GetNumRadicalElectrons() for atom in molecule.GetAtoms()]
+            if any(unpaired):
+                atoms.set_initial_magnetic_moments(unpaired)
             atoms.info["bonds"] = sorted((min(pair), max(pair)) for pair in bonds)
             molecules.append(atoms)
     return molecules
@@ -106,5 +115,4 @@ def _read_file(path: Path) -> Atoms:
     with warnings.catch_warnings():
         # the symmetry operations listed in the file are used, so the setting it names is not needed
         warnings.filterwarnings("ignore", "crystal system .* is not interpreted", UserWarning)
-        found = read_frames(path)[-1]
-    return Atoms(found.numbers, found.positions, cell=found.cell, pbc=found.pbc)
+        return template(read_frames(path)[-1])

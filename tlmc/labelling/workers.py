@@ -6,10 +6,13 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,8 +46,14 @@ def _work_and_write(task: tuple[Callable[[_Job], list[Atoms]], _Job, Path | None
     return frames
 
 
-def in_processes(work: Callable[[_Job], _Result], jobs: Sequence[_Job], processes: int) -> list[_Result]:
-    """Return ``work(job)`` of every job, computed in fresh processes of one thread each."""
+def in_processes(
+    work: Callable[[_Job], _Result], jobs: Sequence[_Job], processes: int, quiet: bool = False
+) -> list[_Result]:
+    """Return ``work(job)`` of every job, computed in fresh processes of one thread each.
+
+    When this process is interrupted or killed, they end at once: what a calculation leaves that is cut short is no
+    result.
+    """
     if processes < 1:
         raise ConfigError(f"processes must be at least 1, got {processes}")
     if not jobs:
@@ -52,16 +61,26 @@ def in_processes(work: Callable[[_Job], _Result], jobs: Sequence[_Job], processe
     results: dict[int, _Result] = {}
     # spawned, not forked: a fork copies the parent's thread pools in whatever state they are
     context = multiprocessing.get_context("spawn")
+    lifeline, held = context.Pipe(duplex=False)
     with (
+        lifeline,
+        held,
         _one_thread(),
-        ProcessPoolExecutor(min(processes, len(jobs)), context, initializer=_end_with_parent) as pool,
+        ProcessPoolExecutor(
+            min(processes, len(jobs)), context, initializer=_end_with_parent, initargs=(lifeline,)
+        ) as pool,
     ):
         futures = {pool.submit(work, job): index for index, job in enumerate(jobs)}
         try:
             for future in as_completed(futures):
                 results[futures[future]] = future.result()
-                logger.info("%d of %d done", len(results), len(jobs))
+                if not quiet:
+                    logger.info("%d of %d done", len(results), len(jobs))
+        except (KeyboardInterrupt, SystemExit):
+            held.close()
+            raise
         except BrokenProcessPool as error:
+            time.sleep(0.5)  # Ctrl-C ends the processes, and is then on its way to this one too
             raise DataError(
                 f"a process died, perhaps for lack of memory, with {len(results)} of {len(jobs)} calculations done; "
                 "run again to go on from there"
@@ -87,13 +106,16 @@ def _one_thread() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _end_with_parent() -> None:
-    """End this process when its parent is killed, rather than wait for jobs that never come."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+def _end_with_parent(lifeline: Connection) -> None:
+    """End this process when its parent lets go of the pipe, or is killed, rather than wait for jobs that never come."""
+    # Ctrl-C reaches all processes of a terminal. A code that is cut short by it looks like a failed calculation, so
+    # this process must be gone before it can say so; and there is no use in one traceback from each
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a shell script
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
     def watch() -> None:
-        parent.join()
+        with contextlib.suppress(EOFError, OSError):
+            lifeline.recv()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

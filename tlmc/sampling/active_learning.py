@@ -38,6 +38,10 @@ from tlmc.evaluation.metrics import evaluate, per_frame
 from tlmc.files import write_json
 from tlmc.geometry import frame_hash
 from tlmc.labelled import Dataset
+from tlmc.labelling.frames import content_words
+from tlmc.labelling.identity import settings_of
+from tlmc.labelling.labels import unconverged
+from tlmc.labelling.states import given_to, stated, states_of
 from tlmc.sampling.committee import CommitteePredictions
 
 FloatArray = NDArray[np.float64]
@@ -102,23 +106,31 @@ class CalculatorPool:
     Parameters
     ----------
     frames
-        Structures without labels.
+        Structures without labels. Charge and spin that they state reach the calculator as in `tlmc.labelling.label`.
     calculator
         With energy and forces.
     folder
         Where labels are kept, so that a loop that goes on does not compute them again; by default in memory. Labels of
-        another name are never taken for those of this one.
+        another name or of a calculator with other settings stay there and are not used.
     name
         Of the level of theory.
+
+    Raises
+    ------
+    DataError
+        If statements of a structure on its charge or spin contradict each other.
     """
 
     def __init__(
         self, frames: Sequence[Atoms], calculator: BaseCalculator, folder: Path | None = None, name: str = "calculator"
     ) -> None:
         self.frames: Sequence[Atoms] = tuple(frames)
+        states_of(self.frames)
         self.calculator, self.folder, self.name = calculator, folder, name
         self.calls = 0
         """Calculations done so far."""
+        # a calculator may change its attributes as it works
+        self._settings = settings_of(calculator)
         self._labels: dict[str, dict[str, Any]] = {}
 
     @property
@@ -132,32 +144,33 @@ class CalculatorPool:
         Raises
         ------
         DataError
-            If a label is not finite, or a file in the folder holds no label of this structure.
-        ConfigError
-            If a file in the folder holds a label of another level of theory.
+            If a label is not finite or not converged, or a file in the folder holds no label of this structure.
         """
         labelled = []
         for k in indices:
             frame = self.frames[k]
             label = self._label(frame)
-            copy = Atoms(frame.numbers, frame.positions, cell=frame.cell, pbc=frame.pbc, info=dict(frame.info))
+            copy = frame.copy()
+            copy.set_constraint()
             copy.calc = SinglePointCalculator(copy, energy=label["energy"], forces=np.array(label["forces"]))
             labelled.append(copy)
         return dataset_from_frames(labelled, name="pool", source=self.name, level_of_theory=self.name)
 
     def _label(self, frame: Atoms) -> dict[str, Any]:
-        key = frame_hash(frame)
+        words = json.dumps([content_words(frame), self.name, self._settings], sort_keys=True)
+        key = hashlib.sha256((frame_hash(frame) + words).encode()).hexdigest()
         if key in self._labels:
             return self._labels[key]
         path = None if self.folder is None else self.folder / f"{key[:32]}.json"
         if path is not None and path.is_file():
             label = self._read(path, frame)
         else:
-            copy = frame.copy()
+            copy = given_to(self.calculator, frame, f"pool, {frame.get_chemical_formula()}")
             copy.set_constraint()  # it would hide the forces on atoms that are held in place
             copy.calc = self.calculator
-            energy = float(copy.get_potential_energy())
-            label = {"energy": energy, "forces": copy.get_forces().tolist(), "name": self.name}
+            label = {"energy": float(copy.get_potential_energy()), "forces": copy.get_forces().tolist()}
+            if unconverged(self.calculator):
+                raise DataError(f"{frame.get_chemical_formula()}: {self.name} is not converged")
             self.calls += 1
             if not (np.isfinite(label["energy"]) and np.isfinite(label["forces"]).all()):
                 raise DataError(f"{frame.get_chemical_formula()}: {self.name} returned a label that is not finite")
@@ -171,15 +184,12 @@ class CalculatorPool:
         try:
             label: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             values = np.array([label["energy"], *np.reshape(label["forces"], 3 * len(frame))], dtype=np.float64)
-            theirs = label.get("name", self.name)  # files of earlier versions name none
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path} holds no label of {frame.get_chemical_formula()} ({error}): move it away"
             ) from error
         if not np.isfinite(values).all():
             raise DataError(f"{path} holds a label that is not finite: move it away")
-        if theirs != self.name:
-            raise ConfigError(f"{path} holds a label of {theirs}, not of {self.name}: choose another folder")
         return label
 
 
@@ -369,7 +379,7 @@ _IF_KNOWN: Final = ("labelling", "learner")
 
 
 def _describe(learner: Learner, pool: Pool, config: LoopConfig, test: Dataset | None) -> dict[str, Any]:
-    digest = hashlib.sha256("".join(frame_hash(frame) for frame in pool.frames).encode()).hexdigest()
+    digest = hashlib.sha256("".join(frame_hash(frame) + stated(frame) for frame in pool.frames).encode()).hexdigest()
     told = {key: getattr(of, "description", None) for key, of in zip(_IF_KNOWN, (pool, learner), strict=True)}
     # as it comes back from a file
     known: dict[str, Any] = json.loads(json.dumps(told))

@@ -29,6 +29,7 @@ from tlmc.descriptors.aev import aev
 from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError
 from tlmc.geometry import contacts, is_crystal
+from tlmc.labelling.frames import template
 from tlmc.potentials.calculator import TlmcCalculator, environment
 from tlmc.potentials.model import Potential
 from tlmc.potentials.network import forward
@@ -377,6 +378,9 @@ def sample(
 
 
 def _moved(frame: Atoms, displacement: FloatArray, **info: float) -> Atoms:
-    moved: Atoms = Atoms(frame.numbers, frame.positions + displacement, cell=frame.cell, pbc=frame.pbc, info=info)
+    moved = template(frame)  # with its charge and spin
+    moved.set_constraint()
+    moved.positions += displacement
+    moved.info |= info
     moved.set_masses(frame.get_masses())
     return moved
