@@ -875,12 +875,13 @@ def _save_history(folder: Path, state: _State) -> None:
 def _read_history(path: Path) -> pd.DataFrame:
     """Return the learning curve of a finished run, to the last bit."""
     try:
-        history = pd.read_csv(path, float_precision="round_trip")
+        # numbers as Python reads them, which is exact
+        history = pd.read_csv(path, dtype=str).astype(float)
         missing = {"epoch", "validation_score"} - set(history)
         problem = f"it has no {', '.join(sorted(missing))}" if missing else "" if len(history) else "it has no rows"
     except FileNotFoundError:
         problem = "it does not exist"
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of pandas, too
         problem = str(error)
     if problem:
         raise DataError(f"{path} is not the learning curve of the finished run beside it: {problem}")
