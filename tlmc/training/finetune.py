@@ -851,14 +851,20 @@ def _finished(folder: Path, config: FinetuneConfig, run_id: str, validation: Dat
     history = _read_history(folder / "history.csv")
     best_epoch = int(history["epoch"].iloc[int(history["validation_score"].argmin())])
     if tidy:
-        with suppress(OSError):  # of a run that was killed in the moment between, perhaps kept where nobody may write
-            _tidy(folder)
+        _tidy_later(folder, run_id)
     return FinetuneResult(potential, history, best_epoch, config, run_id, folder, len(history))
 
 
 def _tidy(folder: Path) -> None:
     """Remove what a finished run has no use for: its state to go on from, never anything that it did not write."""
     (folder / "state.safetensors").unlink(missing_ok=True)
+
+
+def _tidy_later(folder: Path, run_id: str) -> None:
+    """Remove the state of a run that was killed in the moment before, if it is this run's."""
+    with suppress(OSError, ModelError):  # kept where nobody may write, perhaps, or not there
+        if load_tensors(folder / "state.safetensors")[1].get("run_id") == run_id:
+            _tidy(folder)
 
 
 def _save_state(folder: Path, state: _State, run_id: str) -> None:
