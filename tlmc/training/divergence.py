@@ -16,13 +16,14 @@ from torch import Tensor
 from tlmc.errors import ModelError
 
 HOPELESS: Final = 100.0
-"""A force error so many times :attr:`Guard.force_scale` ends a training at once: no later epoch mends it."""
+"""Errors so many times :attr:`Guard.scales` end a training at once: no later epoch mends them."""
 USELESS: Final = 10.0
-"""A model with a force error so many times that scale is no result."""
+"""A model with errors so many times these is no result."""
 
 _FORCE, _ENERGY = "validation_force_rmse_vector", "validation_energy_rmse_per_atom"
-_SMALL: Final = 0.1
-"""eV/A; below, the labels are of relaxed structures and say nothing about the size of errors."""
+_SMALL: Final = {_FORCE: 0.1, _ENERGY: 0.3}
+"""eV/A and eV/atom. Smaller forces are of relaxed structures and say nothing about the size of errors; a loss of forces
+alone leaves a constant of the energies free."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -43,9 +44,10 @@ class Guard:
     """What to do about it, ``"lower lr (0.001)"``."""
 
     @property
-    def force_scale(self) -> float:
-        """The largest force error that has nothing to do with divergence, eV/A."""
-        return max(self.start[_FORCE], self.label_force, _SMALL)
+    def scales(self) -> dict[str, float]:
+        """The largest errors that have nothing to do with divergence."""
+        floors = _SMALL | {_FORCE: max(_SMALL[_FORCE], self.label_force)}
+        return {name: max(floor, self.start[name]) for name, floor in floors.items()}
 
     def check_losses(self, losses: Sequence[float], epoch: int, first_step: int) -> None:
         """Raise a ModelError if the loss of a step, counted from `first_step`, is not finite."""
@@ -67,24 +69,23 @@ class Guard:
         for name, value in row.items():
             if not math.isfinite(value):
                 raise ModelError(f"the training diverged: {name} is {value} after epoch {epoch}: {self.remedy}")
-        if row[_FORCE] > HOPELESS * self.force_scale:
-            raise ModelError(self._too_large(row))
+        self._check_size(row, HOPELESS)
 
     def check_end(self, row: Mapping[str, float]) -> None:
         """Raise a ModelError if the kept weights make no sense; warn if they are worse than those at the start."""
-        if row[_FORCE] > USELESS * self.force_scale:
-            raise ModelError(self._too_large(row))
+        self._check_size(row, USELESS)
         if row[_FORCE] * row[_ENERGY] > self.start[_FORCE] * self.start[_ENERGY]:
             _LOG.warning(
                 "the training made the model worse: validation errors %s at the start, %s in epoch %d; %s",
                 _errors(self.start), _errors(row), int(row["epoch"]), self.remedy,
             )  # fmt: skip
 
-    def _too_large(self, row: Mapping[str, float]) -> str:
-        return (
-            f"the training diverged: validation errors {_errors(row)} after epoch {int(row['epoch'])}, "
-            f"{_errors(self.start)} before it began: {self.remedy}"
-        )
+    def _check_size(self, row: Mapping[str, float], times: float) -> None:
+        if any(row[name] > times * scale for name, scale in self.scales.items()):
+            raise ModelError(
+                f"the training diverged: validation errors {_errors(row)} after epoch {int(row['epoch'])}, "
+                f"{_errors(self.start)} before it began: {self.remedy}"
+            )
 
 
 def force_rms(forces: Iterable[NDArray[np.float64]]) -> float:

@@ -285,9 +285,9 @@ def finetune(
     ------
     ModelError
         If the model lacks an element or has fewer members than asked for; or if the training diverges: a loss, a weight
-        or a validation error becomes infinite or NaN, or the force error of the validation part ends above ten times
-        (or is after any epoch above a hundred times) that of the start model and that of predicting no forces. Nothing
-        but the curve is kept then. A result that is merely worse than the start model is warned of.
+        or a validation error becomes infinite or NaN, or a validation error ends above ten times (or is after any epoch
+        above a hundred times) that of the start model and that of predicting no forces, or 0.3 eV/atom. Nothing but
+        the curve is kept then. A result that is merely worse than the start model is warned of.
     DataError
         If the split does not belong to the data set.
     ConfigError
