@@ -14,7 +14,7 @@ from tlmc.datasets import dataset_from_frames, load_dataset
 from tlmc.errors import ConfigError, DataError
 from tlmc.geometry import duplicate_groups
 from tlmc.labelled import Dataset
-from tlmc.splits import Split, SplitMethod, energy_groups, only_crystals, split_dataset
+from tlmc.splits import Split, SplitMethod, energy_groups, only_crystals, shrunk, split_dataset
 
 METHODS: tuple[SplitMethod, ...] = ("random", "blocks", "energy_groups")
 
@@ -275,6 +275,21 @@ def test_sets_of_both_kinds_are_divided_whole(
 def test_crystals_alone_are_divided_as_in_the_committed_results(method: SplitMethod, seed: int, digest: str) -> None:
     data = load_dataset("naphthalene").crystals()
     assert split_dataset(data, method=method, seed=seed).hash[:16] == digest
+
+
+def test_fewer_training_frames_are_of_both_kinds_and_nested() -> None:
+    dataset = mixed(40, 20)
+    split = split_dataset(dataset)
+    assert [int(dataset.is_crystal[split.train].sum()), len(split.train)] == [28, 42]
+    smaller: set[int] = set()
+    for n in range(1, 43):
+        train = shrunk(split, n, 3, dataset).train
+        assert abs(int(dataset.is_crystal[train].sum()) - n * 28 / 42) <= 1
+        assert smaller < set(train.tolist())
+        smaller = set(train.tolist())
+    crystals = dataset.crystals()
+    parted = split_dataset(crystals)
+    assert shrunk(parted, 9, 3, crystals).train.tolist() == shrunk(parted, 9, 3).train.tolist()
 
 
 def test_molecules_that_are_left_out_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:

@@ -92,7 +92,7 @@ def run_experiment(
     """
     parts = split if isinstance(split, Split) else split_dataset(dataset, method=split, seed=config.seed)
     if n_train:
-        parts = shrunk(parts, n_train, config.seed)
+        parts = shrunk(parts, n_train, config.seed, dataset)
     folder = run_dir or reports_dir() / "runs" / run_name(model, dataset, parts, config)
     result = finetune(
         model, dataset, parts, config, folder, progress=progress, tensorboard=tensorboard, device=device, group=group

@@ -127,7 +127,7 @@ def run_id(run: Run) -> str:
     _, model, dataset = _prepared(run)
     parts = split_dataset(dataset, method=run.split, seed=run.seed)
     if run.n_train:
-        parts = shrunk(parts, run.n_train, run.seed)
+        parts = shrunk(parts, run.n_train, run.seed, dataset)
     return run_name(model, dataset, parts, run.config).rpartition("-")[2]
 
 

@@ -178,10 +178,11 @@ def warn_of_left_out(molecules: Mapping[str, int]) -> None:
     )  # fmt: skip
 
 
-def shrunk(split: Split, n_train: int, seed: int = 0) -> Split:
+def shrunk(split: Split, n_train: int, seed: int = 0, dataset: Dataset | None = None) -> Split:
     """Return a split with fewer training frames and the same validation and test part.
 
-    The frames are the first of a random order, so that with one seed the smaller parts are contained in the larger.
+    The frames are the first of a random order, so that with one seed the smaller parts are contained in the larger. Of
+    a `dataset` with crystals and isolated molecules, each part has its share of either, up to one frame.
 
     Raises
     ------
@@ -190,7 +191,14 @@ def shrunk(split: Split, n_train: int, seed: int = 0) -> Split:
     """
     if not 1 <= n_train <= len(split.train):
         raise ConfigError(f"n_train must lie between 1 and the {len(split.train)} training frames, got {n_train}")
-    chosen = np.random.default_rng(seed).permutation(split.train)[:n_train]
+    order = np.random.default_rng(seed).permutation(split.train)
+    if dataset is not None:
+        place = np.empty(len(order))
+        for kind in (True, False):
+            own = np.flatnonzero(dataset.is_crystal[order] == kind)
+            place[own] = (np.arange(len(own)) + 0.5) / max(1, len(own))
+        order = order[np.argsort(place, kind="stable")]
+    chosen = order[:n_train]
     return Split(np.sort(chosen), split.validation, split.test, f"{split.method}, {n_train} for training", split.seed)
 
 

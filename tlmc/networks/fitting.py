@@ -194,7 +194,7 @@ def error_over_size(
             prepared = network.prepare(dataset.frames) if prepared is None else prepared
             epochs = math.ceil(steps / math.ceil(size / config.batch_size))
             settings = config.model_copy(update={"epochs": epochs, "seed": seed})
-            trained = fit(network, dataset, shrunk(split, size, seed), settings, prepared).network
+            trained = fit(network, dataset, shrunk(split, size, seed, dataset), settings, prepared).network
             metrics = evaluate(test, trained.predict([prepared[k] for k in split.test]))
             wanted = ("energy_rmse_per_atom", "force_rmse_vector")
             rows.append({"n_train": size, "seed": seed, **{name: metrics[name].value for name in wanted}})

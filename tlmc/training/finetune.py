@@ -113,8 +113,9 @@ class FinetuneConfig(BaseModel):
     clip_norm: float | None = Field(None, gt=0.0)
     """Largest norm of the gradient, in units of the loss per weight."""
     keep: Literal["last", "best"] = "last"
-    """Which weights the result holds. ``best`` has the lowest ``sqrt(force RMSE * energy RMSE)`` of the validation
-    part: the forces alone are a trap, since a dozen frames contain outliers."""
+    """Which weights the result, and the run folder, holds; the others are not kept. ``best`` has the lowest
+    ``sqrt(force RMSE * energy RMSE)`` of the validation part: the forces alone are a trap, since a dozen frames contain
+    outliers."""
     seed: int = Field(0, ge=0)
     """Order of the batches, and the weights with ``init="scratch"``."""
     precision: Literal["float32", "float64"] = "float32"
