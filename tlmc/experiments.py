@@ -269,7 +269,15 @@ def convergence(
         target = reports_dir() / "runs" / "convergence" / f"{run_name(model, dataset, parts, config)}.csv"
         if not target.exists():
             _LOG.info("%s on %s, seed %d", name, dataset.name, config.seed)
-            write_text(target, _timed_history(model, dataset, parts, config, progress).to_csv(index=False))
+            try:
+                history = _timed_history(model, dataset, parts, config, progress)
+            except KeyboardInterrupt as error:
+                raise interrupted(
+                    error,
+                    f"interrupted in {name} on {dataset.name}, seed {config.seed}, which the same call begins anew; "
+                    f"the runs before it are kept in {target.parent}",
+                ) from None
+            write_text(target, history.to_csv(index=False))
         labels: dict[str, Any] = {"dataset": dataset.name, "setting": name, "seed": config.seed}
         table = pd.read_csv(target)
         tables.append(table.assign(**labels)[[*labels, *table.columns]])
