@@ -87,8 +87,10 @@ class TestFiles:
         with pytest.raises(DataError, match=r"27.traj and 27.xyz.gz name the same crystal"):
             casestudy.crystal_files(tmp_path)
 
-    def test_isolated_molecules_are_left_out_and_frames_can_be_fewer(self, folder):
+    def test_isolated_molecules_are_left_out_and_frames_can_be_fewer(self, folder, caplog):
         crystals = load_crystals(casestudy.sources(folder))
+        [warning] = [record.message for record in caplog.records if "left out" in record.message]
+        assert "isolated molecules are left out (1 of 27): lattice energies" in warning
         assert [len(dataset) for dataset in crystals] == [13, 12]
         few = load_crystals(casestudy.sources(folder), max_frames=5)
         assert few[0].frame_numbers.tolist() == [0, 3, 6, 9, 12]

@@ -88,6 +88,21 @@ def test_a_model_that_lacks_a_part_is_refused(tmp_path):
         load_model(tmp_path / "part.safetensors")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_neither_written_nor_read(tmp_path, value):
+    good, path = model(), tmp_path / "model.safetensors"
+    save_model(good, path)
+    tensors, metadata = load_tensors(path)
+    tensors["O.2.bias"].view(-1)[0] = value
+    save_tensors(path, tensors, metadata)
+    with pytest.raises(ModelError, match="model.safetensors: weights of O are infinite or NaN"):
+        load_model(path)
+    good.networks["C"][1].weight.view(-1)[3] = value
+    with pytest.raises(ModelError, match="new.safetensors: weights of C.* are infinite or NaN"):
+        save_model(good, tmp_path / "new.safetensors")
+    assert not (tmp_path / "new.safetensors").exists()
+
+
 def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "model.safetensors"
     save_model(model(), path)

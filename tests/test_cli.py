@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from tlmc.peer import PeerExperiment
 from tlmc.potentials import scratch
 from tlmc.potentials.calculator import predict
 from tlmc.splits import split_dataset
-from tlmc.training.checkpoint import load_model, save_model
+from tlmc.training.checkpoint import load_model, load_tensors, save_model
 from tlmc.training.finetune import RECIPES
 
 N_FRAMES = 20
@@ -96,6 +97,43 @@ def start(ani2xt, data):
 
 
 class TestFinetune:
+    def test_a_training_that_diverged_leaves_no_model(self, tlmc, data, start):
+        options = ("--start-model", start, "--lr", "1e6", "--epochs", 1, "--batch-size", 99, "--run-dir", "run")
+        code, _, error = tlmc("-q", "finetune", data, *options)
+        assert code == 2
+        assert "the training diverged" in error
+        assert "lower lr (1000000.0)" in error
+        assert not {"model.safetensors", "metrics.json"} & {path.name for path in Path("run").iterdir()}
+
+    def test_errors_of_crystals_and_molecules_are_told_apart(self, tlmc, start):
+        naphthalene = load_dataset("naphthalene").subset([*range(8), *range(-8, 0)])
+        assert naphthalene.is_crystal.tolist() == [True] * 8 + [False] * 8
+        frames = []
+        for frame, energy, forces in zip(naphthalene.frames, naphthalene.energies, naphthalene.forces, strict=True):
+            frames.append(frame.copy())
+            frames[-1].calc = SinglePointCalculator(frames[-1], energy=energy, forces=forces)
+        ase.io.write("mixed.extxyz", frames)
+        options = ("--start-model", start, "--epochs", 1, "--lr", "1e-6")
+        code, text, error = tlmc("-q", "finetune", "mixed.extxyz", *options, "--run-dir", "both")
+        assert code == 0, error
+        assert [text.count(f"│ {kind} │") for kind in ("crystals", "molecules")] == [3, 3]
+        content = json.loads(Path("both", "metrics.json").read_text())
+        assert set(content["test_by_kind"]["short"]) == {"crystals", "molecules"}
+        assert "left out" not in error
+
+        code, text, error = tlmc("-q", "finetune", "mixed.extxyz", *options, "--run-dir", "one", "--crystals-only")
+        assert code == 0, error
+        assert "isolated molecules are left out (8 of mixed)" in error
+        assert "test_by_kind" not in json.loads(Path("one", "metrics.json").read_text())
+
+        code, text, _ = tlmc("-q", "evaluate", "both/model.safetensors", "mixed.extxyz", "--output", "result")
+        assert code == 0
+        content = json.loads(Path("result", "metrics.json").read_text())
+        apart = content["metrics_by_kind"]
+        mean = np.mean([apart[kind]["energy_rmse_per_atom"]["value"] ** 2 for kind in ("crystals", "molecules")]) ** 0.5
+        assert content["metrics"]["energy_rmse_per_atom"]["value"] == pytest.approx(mean)
+        assert text.index("crystals") < text.index("molecules") < text.index("all")
+
     def test_run_folder_and_record(self, tlmc, data, start, monkeypatch):
         monkeypatch.setenv("TLMC_REPORTS_DIR", str(data.parent / "reports"))
         code, text, _ = tlmc(
@@ -130,22 +168,27 @@ class TestFinetune:
         assert code == 2
         assert "holds another run" in error
 
-    def test_an_interrupted_run_goes_on(self, data, start):
+    @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    @pytest.mark.parametrize("processes", [1, 2])
+    def test_an_interrupted_run_loses_no_whole_epoch(self, data, start, number, status, processes):
         command = [sys.executable, "-m", "tlmc.cli", "finetune", str(data), "--start-model", str(start)]
-        command += ["--epochs", "100000", "--run-dir", "run"]
-        # into a file, since nobody empties a pipe while this waits for the first checkpoint
+        command += ["--epochs", "100000", "--run-dir", "run", "--processes", str(processes)]
+        # into a file, since nobody empties a pipe while this waits
         with open("log", "w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=heed_interrupts)
         deadline = time.monotonic() + 100
-        while not Path("run", "state.safetensors").is_file() and time.monotonic() < deadline:
-            time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130
+        while " epoch 3/" not in Path("log").read_text() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == status
         errors = Path("log").read_text()
         assert "Traceback" not in errors
-        assert "the same command goes on from there" in errors
+        told = re.findall(r"interrupted after epoch (\d+) of 100000, which is kept in run: the same call", errors)
+        assert len(told) == 1, errors
+        assert int(told[0]) >= 3
         assert not Path("run", "model.safetensors").exists()
-        assert Path("run", "state.safetensors").is_file()
+        assert len(pd.read_csv(Path("run", "history.csv"))) == int(told[0])
+        assert load_tensors(Path("run", "state.safetensors"))[1]["state"]["epoch"] == int(told[0])
 
     def test_two_processes(self, tlmc, data, start):
         """One speaks and writes; the result is that of one process with the same batches."""
@@ -168,29 +211,15 @@ class TestFinetune:
         assert "two holds another run: config.lambda_ (0.1 there, 0.5 now)" in answer.stderr
         assert "Traceback" not in answer.stderr
 
-    def test_an_interrupted_run_of_two_processes_goes_on(self, data, start):
-        command = [sys.executable, "-m", "tlmc.cli", "finetune", str(data), "--start-model", str(start)]
-        command += ["--epochs", "100000", "--run-dir", "run", "--processes", "2"]
-        with open("log", "w") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=heed_interrupts)
-        deadline = time.monotonic() + 100
-        while not Path("run", "state.safetensors").is_file() and time.monotonic() < deadline:
-            time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130
-        errors = Path("log").read_text()
-        assert "Traceback" not in errors
-        assert errors.count("the same command goes on from there") == 1
-
     @pytest.mark.parametrize(
         ("arguments", "sentence"),
         [
-            (["--set", "lambda=1"], "recipe short: lambda = 1: Extra inputs are not permitted"),
+            (["--set", "lambda=1"], "lambda = 1: Extra inputs are not permitted; the settings are lambda_, "),
             (["--set", "lambda_=2"], "recipe short: lambda_ = 2: Input should be less than or equal to 1"),
             (["--set", "lambda_"], "--set takes NAME=VALUE, got 'lambda_'"),
             (
                 ["--recipe", "long"],
-                "there is no recipe 'long': choose one of thesis, short, quick, scratch",
+                "there is no recipe 'long': choose one of ",
             ),
             (["--epochs", "0"], "epochs = 0: Input should be greater than or equal to 1"),
             (["--map", "Si"], "--map takes NAME=VALUE, got 'Si'"),

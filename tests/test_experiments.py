@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from tlmc import experiments
 from tlmc.datasets import load_dataset
-from tlmc.errors import ConfigError
+from tlmc.errors import ConfigError, Interrupted
 from tlmc.evaluation import read_records
 from tlmc.experiments import CONVERGENCE, convergence, convergence_table, run_recipes
 from tlmc.training import recipe
@@ -37,6 +39,30 @@ def test_a_finished_run_is_read_and_not_repeated(few, ani2xt):
     np.testing.assert_array_equal(
         first.stages["short"].predictions.energies, again.stages["short"].predictions.energies
     )
+
+
+def test_an_interrupt_after_the_training_loses_nothing(few, ani2xt, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("tlmc.experiments.before_and_after", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Interrupted, match="while the result was evaluated: it is kept in .*naphthalene-"):
+            run_recipes(ani2xt, few, ["short"], 1, epochs=1)
+    assert run_recipes(ani2xt, few, ["short"], 1, epochs=1)[0].result.resumed_from == 1
+
+
+def test_an_interrupted_comparison_keeps_the_runs_before(few, ani2xt, monkeypatch, tmp_path):
+    settings = {"one": {"epochs": 1}, "two": {"epochs": 2}}
+    with monkeypatch.context() as patch:
+        train = experiments.finetune
+
+        def stop_the_second(model, dataset, split, config, **rest):
+            if config.epochs == 2:
+                signal.raise_signal(signal.SIGINT)
+            return train(model, dataset, split, config, **rest)
+
+        patch.setattr(experiments, "finetune", stop_the_second)
+        with pytest.raises(Interrupted, match="in two on naphthalene, seed 0, which the same call begins anew"):
+            convergence(ani2xt, [few], 1, settings)
+    assert len(list(tmp_path.rglob("convergence/*.csv"))) == 1
 
 
 def test_wrong_settings_are_refused_before_anything_runs(few, ani2xt, tmp_path):

@@ -18,18 +18,23 @@ import pandas as pd
 import pytest
 import torch
 from ase.build import molecule
+from jupyter_client.manager import start_new_kernel
 from potential_references import toy_potential
 
 from tlmc.datasets import load_dataset
-from tlmc.errors import ConfigError, DataError, ModelError
+from tlmc.errors import ConfigError, DataError, Interrupted, ModelError
 from tlmc.evaluation import evaluate
 from tlmc.labelled import Dataset
 from tlmc.potentials import predict, to_torchani
 from tlmc.potentials.transfer import first_members
 from tlmc.splits import Split, split_dataset
-from tlmc.training.checkpoint import load_model
+from tlmc.training.checkpoint import load_model, save_model
+from tlmc.training.distributed import ContactError
 from tlmc.training.finetune import FinetuneConfig, _Trainer, finetune, recipe
 from tlmc.units import HARTREE
+
+finetuning = sys.modules[finetune.__module__]
+"""The module, whose name the package gives to its function."""
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +83,20 @@ def same_weights(a, b) -> bool:
         for layer, other in zip(a.networks[symbol], b.networks[symbol], strict=True)
         for x, y in zip(layer, other, strict=True)
     )
+
+
+def stop_at_step(patch, number, act=None):
+    """Interrupt a training in a step of it, the steps of all its epochs counted."""
+    step = _Trainer._step
+
+    def stop(self, n_structures, share, errors, update):
+        step(self, n_structures, share, errors, update)
+        if update.step == number:
+            if act is None:
+                raise KeyboardInterrupt
+            act()
+
+    patch.setattr(_Trainer, "_step", stop)
 
 
 def test_it_learns_and_the_result_carries_its_reference():
@@ -155,18 +174,11 @@ def test_interrupted_run_ends_with_the_same_weights(tmp_path, monkeypatch, chang
     data, config = labelled(), quick(epochs=5, **changes)
     parts = split_dataset(data, seed=0)
     whole = finetune(student(), data, parts, config)
-    train_epoch = _Trainer.epoch
-
-    def stop_in_the_middle(self, state):
-        if state.epoch == 3:
-            self.engine.flat.add_(1.0)  # a step of the unfinished epoch that must not survive
-            raise KeyboardInterrupt
-        return train_epoch(self, state)
-
     with monkeypatch.context() as patch:
-        patch.setattr(_Trainer, "epoch", stop_in_the_middle)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(student(), data, parts, config, tmp_path / "run", checkpoint_seconds=0.0)
+        # in the second of 7 steps of the fourth epoch, before any checkpoint is due
+        stop_at_step(patch, 23)
+        with pytest.raises(Interrupted, match=r"after epoch 3 of 5, which is kept in .*run: the same call.* goes on"):
+            finetune(student(), data, parts, config, tmp_path / "run")
     assert not (tmp_path / "run" / "model.safetensors").exists()
     resumed = finetune(student(), data, parts, config, tmp_path / "run")
     assert resumed.resumed_from == 3
@@ -266,7 +278,7 @@ def test_schedules():
 def test_early_stopping_and_best_weights():
     data = labelled()
     parts = split_dataset(data, seed=0)
-    config = quick(epochs=30, lr=3.0, schedule="constant", early_stopping=2, keep="best", clip_norm=1e-3)
+    config = quick(epochs=30, lr=0.1, schedule="constant", early_stopping=2, keep="best", clip_norm=1e-3)
     result = finetune(student(), data, parts, config)
     assert len(result.history) == result.best_epoch + 2 < 30
     validation = data.subset(parts.validation)
@@ -284,9 +296,6 @@ def test_run_folder_holds_everything(tmp_path):
         "run.json",
         "split.json",
         "history.csv",
-        "state.safetensors",
-        "last.safetensors",
-        "best.safetensors",
         "model.safetensors",
         "tensorboard",
     }
@@ -350,11 +359,220 @@ def test_divergence_is_named():
         finetune(student(), data, split_dataset(data, seed=0), quick(lr=1e20))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"keep": "best"},
+        {"ema_decay": 0.5},
+        {"rank": 2, "replay": 0.5},
+        {"warm_start": "ridge"},
+        {"init": "scratch"},
+        {"layers": "last"},
+        {"precision": "float64", "lr": 1e200},
+    ],
+    ids=lambda changes: ", ".join(changes) or "plain",
+)
+def test_a_last_step_that_diverges_is_refused(tmp_path, changes):
+    """One batch, one epoch: no loss is looked at after the only step."""
+    data = labelled()
+    parts = split_dataset(data, seed=0)
+    config = quick(**({"lr": 1e6, "epochs": 1, "batch_size": 100} | changes))
+    with pytest.raises(ModelError, match=r"the training diverged: .* after epoch 1.*: lower lr \("):
+        finetune(student(), data, parts, config)
+    for _ in range(2):  # nothing is left that a second call takes for a result
+        with pytest.raises(ModelError, match=r"the training diverged: .*run holds no finished run"):
+            finetune(student(), data, parts, config, tmp_path / "run")
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "split.json", "history.csv"}
+
+
+def test_divergence_that_stays_finite_is_refused():
+    data = labelled()
+    parts = split_dataset(data, seed=0)
+    with pytest.raises(
+        ModelError, match=r"diverged: validation errors F \S+ eV/A, E \S+ meV/atom after epoch \d, F 3.6"
+    ):
+        finetune(student(), data, parts, quick(lr=1.0, schedule="constant"))
+
+
+def test_a_result_worse_than_the_start_model_is_warned_of(caplog):
+    data = labelled()
+    parts = split_dataset(data, seed=0)
+    finetune(teacher(), data, parts, quick(lr=1e-2, epochs=1))
+    [warning] = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning.startswith("the training made the model worse: validation errors F ")
+    caplog.clear()
+    finetune(student(), data, parts, quick(epochs=20))
+    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_what_an_older_version_kept_of_a_divergence_is_no_result(tmp_path):
+    data, config = labelled(), quick(epochs=1)
+    parts = split_dataset(data, seed=0)
+    finetune(student(), data, parts, config, tmp_path / "run")
+    path = tmp_path / "run" / "model.safetensors"
+    model, metadata = load_model(path)
+    metadata["metrics"]["validation_force_rmse_vector"] = 2e27
+    save_model(model, path, metadata)
+    with pytest.raises(ModelError, match="is of a training that diverged, force RMSE 2e\\+27 eV/A: delete .*run"):
+        finetune(student(), data, parts, config, tmp_path / "run")
+
+
+def test_a_warm_start_without_a_solution_is_refused(monkeypatch):
+    data = labelled()
+    parts = split_dataset(data, seed=0)
+
+    def fail(engine, *_):
+        engine.flat.fill_(math.nan)
+
+    monkeypatch.setattr(finetuning, "ridge_start", fail)
+    with pytest.raises(ModelError, match=r"the warm start has no finite solution: raise ridge \(0.01\)"):
+        finetune(student(), data, parts, quick(warm_start="ridge"))
+
+
+def test_sigterm_and_an_impatient_second_interrupt_lose_nothing(tmp_path, monkeypatch):
+    """Schedulers send SIGTERM; launchers, and people, interrupt twice."""
+    data, config = labelled(), quick()
+    parts = split_dataset(data, seed=0)
+    save = finetuning.save_tensors
+
+    def interrupted_again(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*arguments)
+
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 17, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(finetuning, "save_tensors", interrupted_again)
+        with pytest.raises(Interrupted, match="after epoch 2 of 4") as caught:
+            finetune(student(), data, parts, config, tmp_path / "run")
+    assert caught.value.number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = finetune(student(), data, parts, config, tmp_path / "run")
+    assert resumed.resumed_from == 2
+    assert same_weights(resumed.potential, finetune(student(), data, parts, config).potential)
+
+
+def test_an_interrupt_says_what_is_kept(tmp_path, monkeypatch):
+    data, config = labelled(), quick()
+    parts = split_dataset(data, seed=0)
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 17)
+        with pytest.raises(Interrupted, match="a training without a run_dir keeps nothing, the same call begins anew"):
+            finetune(student(), data, parts, config)
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 3)
+        with pytest.raises(Interrupted, match="in the first epoch of 4: nothing is kept yet, the same call begins"):
+            finetune(student(), data, parts, config, tmp_path / "run")
+    assert not (tmp_path / "run" / "state.safetensors").exists()
+
+    def lose_contact():
+        raise ContactError("gone")
+
+    with monkeypatch.context() as patch:  # another process of the training ended
+        stop_at_step(patch, 10, lose_contact)
+        with pytest.raises(ContactError, match="gone"):
+            finetune(student(), data, parts, config, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, "build_cache", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Interrupted, match="it is as it was, the same call goes on"):
+            finetune(student(), data, parts, config, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, "_tidy", lambda _: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Interrupted, match="the training had ended and is kept in"):
+            finetune(student(), data, parts, config, tmp_path / "run")
+    assert finetune(student(), data, parts, config, tmp_path / "run").resumed_from == 4
+
+
+def test_an_interrupt_is_no_error_that_a_loop_over_runs_goes_on_after():
+    assert issubclass(Interrupted, KeyboardInterrupt)
+    assert not issubclass(Interrupted, Exception)
+
+
+def test_a_finished_run_that_was_killed_before_its_state_was_removed(tmp_path, monkeypatch):
+    data, config = labelled(), quick(keep="best", lr=1e-2, schedule="constant")
+    parts, run = split_dataset(data, seed=0), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, "_tidy", lambda folder: None)
+        first = finetune(student(), data, parts, config, run)
+    for name in ("best.safetensors", "last.safetensors", "notes.txt"):
+        (run / name).write_text("somebody else's")
+    assert (run / "state.safetensors").exists()
+    again = finetune(student(), data, parts, config, run)
+    assert same_weights(again.potential, first.potential)
+    assert again.best_epoch == first.best_epoch
+    pd.testing.assert_frame_equal(again.history, first.history, check_exact=True)
+    names = {path.name for path in run.iterdir()}
+    assert "state.safetensors" not in names
+    assert names >= {"best.safetensors", "last.safetensors", "notes.txt"}
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "epoch,lr\n1,2\n", "epoch,validation_score\n", "epoch,validation_score\n1,x\n"]
+)
+def test_a_finished_run_without_its_curve_is_refused(tmp_path, text):
+    data, config, run = labelled(), quick(epochs=1), tmp_path / "run"
+    parts = split_dataset(data, seed=0)
+    finetune(student(), data, parts, config, run)
+    (run / "history.csv").unlink()
+    if text is not None:
+        (run / "history.csv").write_text(text)
+    with pytest.raises(DataError, match=r"history.csv is not the learning curve of the finished run beside it: "):
+        finetune(student(), data, parts, config, run)
+
+
+def test_no_bar_hangs_where_the_descriptors_are_there(capfd):
+    data = labelled()
+    parts = split_dataset(data, seed=0)
+    finetune(student(), data, parts, quick(epochs=1), progress=False)
+    capfd.readouterr()
+    finetune(student(), data, parts, quick(epochs=1), progress=True)
+    shown = capfd.readouterr().err
+    assert "short" in shown
+    assert "descriptors" not in shown
+
+
+@pytest.mark.parametrize("somebody_is_there", [True, False])
+def test_notebooks_show_a_bar_and_a_sentence_where_somebody_has_them_open(tmp_path, somebody_is_there):
+    """By the messages of a real kernel: headless runs tell it that nobody can answer questions."""
+    code = f"""
+        import os, signal, sys, warnings
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        warnings.simplefilter("ignore")  # of tqdm, where ipywidgets are missing
+        import pytest, test_finetune as t
+        data = t.labelled()
+        parts = t.split_dataset(data, seed=0)
+        t.stop_at_step(pytest.MonkeyPatch(), 17, lambda: os.kill(os.getpid(), signal.SIGINT))
+        t.finetune(t.student(), data, parts, t.quick(), {str(tmp_path / "run")!r})
+    """
+    environment = os.environ | {"TLMC_CACHE_DIR": str(tmp_path / "cache"), "IPYTHONDIR": str(tmp_path)}
+    manager, client = start_new_kernel(kernel_name="python3", env=environment)
+    messages = []
+    try:
+        client.allow_stdin = somebody_is_there
+        reply = client.execute_interactive(textwrap.dedent(code), output_hook=messages.append, timeout=100)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    content = reply["content"]
+    assert (content["status"], content["ename"]) == ("error", "Interrupted")
+    assert "after epoch 2 of 4, which is kept in" in content["evalue"]
+    [error] = [message["content"] for message in messages if message["msg_type"] == "error"]
+    assert len(error["traceback"]) == 1
+    assert error["traceback"][0].count("\n") == 0
+    shown = json.dumps([message["content"] for message in messages if message["msg_type"] != "error"], default=str)
+    assert ("0%" in shown or "FloatProgress" in shown or "HBox" in shown) == somebody_is_there, shown
+
+
 def test_unknown_and_wrong_settings():
-    with pytest.raises(ConfigError, match="no recipe 'best': choose one of thesis, short, quick, scratch"):
-        recipe("best")
-    with pytest.raises(ConfigError, match="recipe short: learning_rate = 0.1: Extra inputs are not permitted"):
-        recipe("short", learning_rate=0.1)
+    with pytest.raises(ConfigError, match=r"no recipe 'Short': choose one of short, .*thesis"):
+        recipe("Short")
+    known = r"Extra inputs are not permitted; the settings are lambda_, .*epochs"
+    with pytest.raises(ConfigError, match=rf"recipe short: lambda = 0.1: {known}"):
+        recipe("short", **{"lambda": 0.1})
+    with pytest.raises(ConfigError, match=r"richer.n_max = 3: Extra .*; the settings of richer are .*parameters"):
+        recipe("rich", richer={"n_max": 3})
     with pytest.raises(ConfigError, match="recipe short: lambda_ = 2: .*less than or equal to 1"):
         recipe("short", lambda_=2)
     assert recipe("thesis", lr="1e-3").lr == 1e-3  # YAML reads 1e-3 as a string

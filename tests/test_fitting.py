@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from functools import partial
 
 import numpy as np
@@ -13,9 +14,10 @@ from ase.build import molecule
 from tlmc.datasets import load_dataset
 from tlmc.descriptors.soap import SOAP
 from tlmc.descriptors.symmetry_functions import SymmetryFunctions
-from tlmc.errors import ConfigError, DataError, ModelError
+from tlmc.errors import ConfigError, DataError, Interrupted, ModelError
 from tlmc.evaluation.metrics import evaluate
 from tlmc.networks import BehlerParrinelloNetwork, DeepTensorNetwork, FitConfig, error_over_size, fit, shrunk
+from tlmc.networks.optimizers import AdamW
 from tlmc.potentials.calculator import Predictions
 from tlmc.splits import split_dataset
 
@@ -167,6 +169,20 @@ class TestBadInput:
         empty = dataclasses.replace(split, validation=np.empty(0, dtype=np.int64))
         with pytest.raises(DataError, match="the validation part of the split of ethanol is empty"):
             fit(deep_tensor(data.elements), data, empty)
+
+    @pytest.mark.parametrize("lr", [1e30, 1e4, 1e1])
+    def test_a_last_step_that_diverges(self, ethanol, lr):
+        """One batch, one epoch: no loss is looked at after the only step."""
+        data, split = ethanol
+        config = FitConfig(lr=lr, epochs=1, batch_size=1000, clip_norm=None)
+        with pytest.raises(ModelError, match=r"the training diverged: .* after epoch 1.*: lower lr .* or set"):
+            fit(deep_tensor(data.elements), data, split, config)
+
+    def test_an_interrupt_is_a_sentence(self, ethanol, monkeypatch):
+        data, split = ethanol
+        monkeypatch.setattr(AdamW, "step", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Interrupted, match="in epoch 1 of 100: of a training in memory nothing is kept"):
+            fit(deep_tensor(data.elements), data, split)
 
     def test_a_loss_that_is_no_number(self, ethanol):
         data, split = ethanol

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import labelled
@@ -11,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 
 from tlmc.datasets import load_dataset
 from tlmc.errors import ConfigError, DataError
-from tlmc.evaluation.metrics import by_force_range, correlation, evaluate, frame_force_rms, per_frame
+from tlmc.evaluation.metrics import by_force_range, by_kind, correlation, evaluate, frame_force_rms, per_frame
 
 numbers = st.floats(-50, 50).map(lambda x: round(x, 6))
 
@@ -234,6 +235,22 @@ class TestBadInput:
             by_force_range(*by_hand, edges=(1.0, 0.5))
         with pytest.raises(ConfigError, match=r"leave out frame 17 of toy, whose RMS force is 2\.449"):
             by_force_range(*by_hand, edges=(0.0, 2.0))
+
+
+def test_crystals_and_molecules_apart(by_hand):
+    labels, predicted = by_hand
+    assert by_kind(labels, predicted) == {}
+    assert by_kind(labels.subset([0]), labelled.predictions([-9.8], predicted.forces[:1])) == {}
+    frames = [frame.copy() for frame in labels.frames]
+    frames[1].set_cell([30.0, 30.0, 30.0])
+    mixed = dataclasses.replace(labels, frames=tuple(frames))
+    assert mixed.is_crystal.tolist() == [True, False]
+    found = by_kind(mixed, predicted)
+    assert list(found) == ["crystals", "molecules"]
+    assert found["crystals"]["energy_rmse_per_atom"].value == pytest.approx(0.1)
+    assert found["molecules"]["energy_rmse_per_atom"].value == pytest.approx(0.3)
+    assert found["crystals"]["force_rmse_vector"].value == pytest.approx(math.sqrt(0.25 / 2))
+    assert found["molecules"]["force_rmse_vector"].value == pytest.approx(math.sqrt(5 / 3))
 
 
 def test_frame_force_rms(by_hand):

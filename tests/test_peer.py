@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ import pytest
 import torch
 from ase.build import molecule
 
-from tlmc.errors import ConfigError
+from tlmc.errors import ConfigError, Interrupted, ModelError
 from tlmc.evaluation import read_records
 from tlmc.labelled import Dataset
 from tlmc.peer import PeerConfig, finetune, is_installed, load_sevennet, peer_config, predict, run_peer
@@ -53,7 +54,7 @@ def run(water, tmp_path_factory):
 
 def test_settings():
     assert (PeerConfig(epochs=0).recipe, CONFIG.recipe) == ("sevennet, unmodified", "sevennet, 2 epochs")
-    with pytest.raises(ConfigError, match=r"peer: epochs = -1: Input should be .*; rate = 1: Extra inputs"):
+    with pytest.raises(ConfigError, match=r"peer: epochs = -1: .*; rate = 1: Extra inputs .*; the settings are .*seed"):
         peer_config(epochs=-1, rate=1)
 
 
@@ -104,6 +105,20 @@ class TestRun:
         # threads may add in another order
         assert torch.allclose(ours["flat"], theirs["flat"], atol=1e-6)
         assert resumed.history["epoch"].tolist() == [0, 1, 2]
+
+    @pytest.mark.parametrize("lr", [1e10, 1.0])
+    def test_a_last_step_that_diverges_is_refused(self, water, tmp_path, lr):
+        config = PeerConfig(epochs=1, batch_size=100, lr=lr)
+        for _ in range(2):
+            with pytest.raises(ModelError, match=r"the training diverged.*: lower lr \("):
+                run_peer(water, config, run_dir=tmp_path)
+            assert not (tmp_path / "metrics.json").exists()
+
+    def test_an_interrupt_says_how_to_go_on(self, water, tmp_path, monkeypatch):
+        monkeypatch.setattr(finetune, "apply", lambda *_: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Interrupted, match="in epoch 1 of 2: whole epochs are kept in .* goes on") as caught:
+            run_peer(water, CONFIG, run_dir=tmp_path)
+        assert caught.value.number == signal.SIGTERM
 
     def test_a_finished_run_is_read(self, water, run, monkeypatch):
         monkeypatch.setattr(_Trainer, "epoch", lambda *_: pytest.fail("trained again"))

@@ -14,7 +14,7 @@ from tlmc.datasets import dataset_from_frames, load_dataset
 from tlmc.errors import ConfigError, DataError
 from tlmc.geometry import duplicate_groups
 from tlmc.labelled import Dataset
-from tlmc.splits import Split, SplitMethod, energy_groups, split_dataset
+from tlmc.splits import Split, SplitMethod, energy_groups, only_crystals, shrunk, split_dataset
 
 METHODS: tuple[SplitMethod, ...] = ("random", "blocks", "energy_groups")
 
@@ -211,6 +211,99 @@ def test_arguments_out_of_range() -> None:
         split_dataset(dataset, method="scaffold")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="seed must be an integer >= 0, got -1"):
         split_dataset(dataset, seed=-1)
+
+
+def mixed(n_crystals: int, n_molecules: int, copies: dict[int, int] | None = None) -> Dataset:
+    """Crystals of water and, behind them, single molecules of it, in boxes of vacuum."""
+    n = n_crystals + n_molecules
+    dataset = waters(scattered(n))
+    originals = [(copies or {}).get(k, k) for k in range(n)]
+    frames = [dataset.frames[k].copy() for k in originals]
+    for k, (frame, original) in enumerate(zip(frames, originals, strict=True)):
+        frame.set_cell([3.2, 3.2, 3.2] if k < n_crystals else [25.0, 25.0, 25.0])
+        frame.pbc = True
+        frame.calc = SinglePointCalculator(frame, energy=dataset.energies[original], forces=dataset.forces[original])
+    found = dataset_from_frames(frames, name="mixed", source="mixed.extxyz")
+    assert found.is_crystal.tolist() == [True] * n_crystals + [False] * n_molecules
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("seed", range(5))
+def test_every_part_gets_its_share_of_crystals_and_of_molecules(method: SplitMethod, seed: int) -> None:
+    """Ten molecules of uracil once fell 7, 0 and 3, and all into one part with blocks."""
+    dataset = mixed(92, 10)
+    split = split_dataset(dataset, method=method, seed=seed)
+    assert [int(dataset.is_crystal[part].sum()) for part in parts(split)] == [64, 9, 19]
+    assert [int((~dataset.is_crystal[part]).sum()) for part in parts(split)] == [7, 1, 2]
+    assert sorted(sum(parts(split), [])) == list(range(102))
+    if method == "blocks":
+        for part in parts(split):
+            for kind in (True, False):
+                own = [k for k in part if dataset.is_crystal[k] == kind]
+                assert own == list(range(own[0], own[0] + len(own)))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 30), st.integers(1, 30), st.sampled_from(METHODS), st.integers(0, 99), st.integers(0, 8))
+def test_sets_of_both_kinds_are_divided_whole(
+    n_crystals: int, n_molecules: int, method: SplitMethod, seed: int, n_copies: int
+) -> None:
+    n = n_crystals + n_molecules
+    if n < 5 + n_copies:
+        return
+    # copies of the first crystal, and of the last molecule but one
+    copies = dict.fromkeys(range(1, min(n_copies, n_crystals)), 0)
+    dataset = mixed(n_crystals, n_molecules, copies)
+    split = split_dataset(dataset, method=method, seed=seed)
+    assert all(parts(split))
+    assert sorted(sum(parts(split), [])) == list(range(n))
+    part_of = {k: p for p, indices in enumerate(parts(split)) for k in indices}
+    assert len({part_of[k] for k in (0, *copies)}) == 1
+    assert split_dataset(dataset, method=method, seed=seed).hash == split.hash
+    if not copies and min(n_crystals, n_molecules) >= 10:
+        for kind, total in ((True, n_crystals), (False, n_molecules)):
+            counts = np.array([np.sum(dataset.is_crystal[part] == kind) for part in parts(split)])
+            assert np.all(np.abs(counts - total * np.array([0.7, 0.1, 0.2])) <= 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "seed", "digest"),
+    [
+        ("random", 0, "bf669d2b31b9ce2d"),
+        ("random", 2, "dbaf74439a3ee1da"),
+        ("blocks", 0, "a60a305394bee238"),
+        ("energy_groups", 0, "5d2013cd77a32497"),
+    ],
+)
+def test_crystals_alone_are_divided_as_in_the_committed_results(method: SplitMethod, seed: int, digest: str) -> None:
+    data = load_dataset("naphthalene").crystals()
+    assert split_dataset(data, method=method, seed=seed).hash[:16] == digest
+
+
+def test_fewer_training_frames_are_of_both_kinds_and_nested() -> None:
+    dataset = mixed(40, 20)
+    split = split_dataset(dataset)
+    assert [int(dataset.is_crystal[split.train].sum()), len(split.train)] == [28, 42]
+    smaller: set[int] = set()
+    for n in range(1, 43):
+        train = shrunk(split, n, 3, dataset).train
+        assert abs(int(dataset.is_crystal[train].sum()) - n * 28 / 42) <= 1
+        assert smaller < set(train.tolist())
+        smaller = set(train.tolist())
+    crystals = dataset.crystals()
+    parted = split_dataset(crystals)
+    assert shrunk(parted, 9, 3, crystals).train.tolist() == shrunk(parted, 9, 3).train.tolist()
+
+
+def test_molecules_that_are_left_out_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    assert only_crystals(mixed(5, 2)).is_crystal.tolist() == [True] * 5
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert "left out (2 of mixed): lattice energies" in record.message
+    caplog.clear()
+    only_crystals(mixed(5, 2).crystals())
+    assert not caplog.records
 
 
 def test_json_round_trip() -> None:

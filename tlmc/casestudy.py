@@ -40,7 +40,7 @@ from tlmc.potentials.calculator import Predictions, predict
 from tlmc.potentials.model import Potential
 from tlmc.potentials.transfer import THESIS_DONORS, Borrowing, with_elements
 from tlmc.provenance import git_revision, package_versions
-from tlmc.splits import Split, shrunk, split_dataset
+from tlmc.splits import Split, shrunk, split_dataset, warn_of_left_out
 from tlmc.training.finetune import FinetuneConfig, FinetuneResult, finetune, recipe, run_name
 
 _LOG = logging.getLogger(__name__)
@@ -144,6 +144,7 @@ def load_crystals(names: Sequence[str], *, max_frames: int = 0) -> tuple[Dataset
         If a set cannot be used or holds no crystal, or two have the same name.
     """
     found: dict[str, Dataset] = {}
+    left_out: dict[str, int] = {}
     for name in names:
         dataset = load_dataset(name)
         crystals = dataset.crystals()
@@ -154,6 +155,9 @@ def load_crystals(names: Sequence[str], *, max_frames: int = 0) -> tuple[Dataset
         if short_name(dataset) in found:
             raise DataError(f"{dataset.source} and {found[short_name(dataset)].source} have the same name, rename one")
         found[short_name(dataset)] = crystals
+        left_out |= {short_name(dataset): n} if (n := int((~dataset.is_crystal).sum())) else {}
+    if left_out:
+        warn_of_left_out(left_out)
     return tuple(found.values())
 
 

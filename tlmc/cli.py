@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import signal
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -51,7 +52,8 @@ TLMC_THREADS: threads that a command and the notebooks it runs may use (default:
 
 [bold]Exit status[/bold]
 
-0 done; 2 the input cannot be used, one sentence says why; 130 interrupted, the same command goes on from there
+0 done; 2 the input cannot be used, or a training diverged: one sentence says why; 130 interrupted by Ctrl-C, 143 by the
+SIGTERM of a scheduler: a training has kept its last whole epoch, the same command goes on from there
 """
 
 TABLE_QUANTITIES = {
@@ -87,10 +89,11 @@ class _Commands(TyperGroup):
                 sentence = f"process {rank}: {sentence}"
             err.print(f"[red]{escape(sentence)}[/red]", soft_wrap=True)
             raise typer.Exit(2) from error
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             if os.environ.get("RANK", "0") == "0":
-                err.print("[yellow]interrupted: what is finished is kept, the same command goes on from there[/yellow]")
-            raise typer.Exit(130) from None
+                sentence = str(error) or "interrupted: what is finished is kept, the same command goes on from there"
+                err.print(f"[yellow]{escape(sentence)}[/yellow]", soft_wrap=True)
+            raise typer.Exit(128 + getattr(error, "number", signal.SIGINT)) from None
 
 
 app = typer.Typer(
@@ -126,7 +129,13 @@ ForcesKey = Annotated[str | None, typer.Option(help="Name of the forces in the f
 StressKey = Annotated[
     str | None, typer.Option(help="Name of the stress in the file, or of the virial: that has virial in its name.")
 ]
-CrystalsOnly = Annotated[bool, typer.Option("--crystals-only", help="Leave isolated molecules out.")]
+CrystalsOnly = Annotated[
+    bool,
+    typer.Option(
+        "--crystals-only",
+        help="Leave isolated molecules out. A model trained without them has no meaningful lattice energies.",
+    ),
+]
 Recipe = Annotated[str, typer.Option(help="thesis, short, quick, rich, thorough, scratch or frozen.")]
 Units = Annotated[str | None, typer.Option(help=_UNITS_HELP)]
 
@@ -217,7 +226,8 @@ def finetune(
     mapped: Mapped = None,
     borrow: Borrow = "relabel",
     split: Annotated[
-        Literal["random", "blocks", "energy_groups"], typer.Option(help="How frames are parted, 70/10/20.")
+        Literal["random", "blocks", "energy_groups"],
+        typer.Option(help="How frames are parted, 70/10/20, crystals and molecules each."),
     ] = "random",
     crystals_only: CrystalsOnly = False,
     energy_key: EnergyKey = None,
@@ -240,7 +250,8 @@ def finetune(
     """Fine-tune a start model on labelled structures and evaluate it on the test part.
 
     The run folder gets model.safetensors, history.csv, split.json, metrics.json and parity.png. A run that was
-    interrupted goes on from its last epoch, to the weights it would have had anyway.
+    interrupted (Ctrl-C, SIGTERM) goes on from its last whole epoch, to the weights it would have had anyway. One that
+    diverges leaves no model. A training is continued beyond its end with --start-model RUN/model.safetensors.
 
     On several machines, start it with torchrun: the result is that of one process with the same batch size, to
     rounding, so raise the batch size with the number of processes. Run and cache folders must be shared.
@@ -262,6 +273,7 @@ def finetune(
     torchrun --nproc-per-node 4 -m tlmc.cli finetune my.extxyz --device cuda --batch-size 64
     """
     from tlmc.experiments import run_experiment
+    from tlmc.splits import only_crystals
     from tlmc.training import distributed
     from tlmc.training.devices import find_device
     from tlmc.training.finetune import recipe as named_recipe
@@ -275,7 +287,7 @@ def finetune(
 
     def inputs() -> tuple[Dataset, Potential]:
         data = _load(dataset, energy_key, forces_key, stress_key, units)
-        return data.crystals() if crystals_only else data, _model(start_model, mapped, borrow)
+        return only_crystals(data) if crystals_only else data, _model(start_model, mapped, borrow)
 
     if processes > launched:
         # what is wrong with the input is said once, before the processes start
@@ -296,7 +308,8 @@ def finetune(
         return
     _parity(experiment.run_dir / "parity.png", experiment.test, experiment.stages, recipe)
     title = f"{data.name}: errors on {len(experiment.test)} test frames, trained on {len(experiment.split.train)}"
-    _print_metrics(title, {name: stage.metrics for name, stage in experiment.stages.items()})
+    _print_metrics(title, experiment.stages)
+    _warn_if_worse(experiment.stages, config.recipe, config.lr)
     out.print(f"run: {experiment.run_dir}", soft_wrap=True)
 
 
@@ -407,18 +420,19 @@ def evaluate(
 
     tlmc evaluate reports/runs/my-run/model.safetensors my.extxyz --split reports/runs/my-run/split.json
     """
+    from tlmc.evaluation import by_kind, per_frame
     from tlmc.evaluation import evaluate as errors_of
-    from tlmc.evaluation import per_frame
     from tlmc.evaluation.comparison import refit_offset
     from tlmc.evaluation.metrics import as_json
     from tlmc.evaluation.records import append_records, rows_from_metrics
     from tlmc.potentials.calculator import predict
+    from tlmc.splits import only_crystals
 
     if study_name and split is None:
         raise ConfigError("--record needs the --split of a run, which says what the model was trained on")
     data, potential = _load(dataset, energy_key, forces_key, stress_key, units), _model(model, mapped, borrow)
     if crystals_only:
-        data = data.crystals()
+        data = only_crystals(data)
     chosen, fitted_on = data, data
     if split is not None:
         parts = _read_split(split, data)
@@ -427,9 +441,18 @@ def evaluate(
         potential = refit_offset(potential, fitted_on)
     predictions = predict(potential, chosen.frames)
     metrics = errors_of(chosen, predictions)
+    columns = {**by_kind(chosen, predictions), "all": metrics}
     if output is not None:
-        content = {"model": model, "dataset": data.name, "hash": data.hash, "part": part if split else "all"}
-        write_json(output / "metrics.json", content | {"offset_refitted": refit, "metrics": as_json(metrics)})
+        content: dict[str, Any] = {
+            "model": model,
+            "dataset": data.name,
+            "hash": data.hash,
+            "part": part if split else "all",
+        }
+        content |= {"offset_refitted": refit, "metrics": as_json(metrics)}
+        if len(columns) > 1:
+            content["metrics_by_kind"] = {kind: as_json(found) for kind, found in columns.items() if kind != "all"}
+        write_json(output / "metrics.json", content)
         with atomic_path(output / "per_frame.csv") as temporary:
             per_frame(chosen, predictions).to_csv(temporary, index=False)
     if study_name:
@@ -439,10 +462,12 @@ def evaluate(
         )  # fmt: skip
         append_records(rows)
     table = Table(title=f"{model} on {len(chosen)} frames of {data.name}")
-    for heading in ("quantity", "value", "unit"):
-        table.add_column(heading, justify="right" if heading == "value" else "left")
+    values = list(columns) if len(columns) > 1 else ["value"]
+    for heading in ("quantity", *values, "unit"):
+        table.add_column(heading, justify="right" if heading in values else "left")
     for name, metric in metrics.items():
-        table.add_row(name, f"{metric.value:.5g}", metric.unit)
+        found = (kind.get(name) for kind in columns.values())
+        table.add_row(name, *("" if one is None else f"{one.value:.5g}" for one in found), metric.unit)
     out.print(table)
 
 
@@ -689,6 +714,7 @@ def peer(
     from tlmc.datasets import load_dataset
     from tlmc.peer import peer_config, run_peer
     from tlmc.potentials.pretrained import load_start_model
+    from tlmc.splits import only_crystals
     from tlmc.training.finetune import recipe as recipe_of
 
     recipes = [part.strip() for part in against.split(",") if part.strip()]
@@ -701,11 +727,11 @@ def peer(
     # all are read before the first run starts
     for data in [load_dataset(name) for name in datasets]:
         if crystals_only:
-            data = data.crystals()
+            data = only_crystals(data)
         run = run_peer(data, config, study=study_name or "")
         runs.append(run)
         title = f"{data.name}: errors on {len(run.split.test)} test frames, trained on {len(run.split.train)}"
-        _print_metrics(title, {name: stage.metrics for name, stage in run.stages.items()})
+        _print_metrics(title, run.stages)
         out.print(f"run: {run.run_dir}", soft_wrap=True)
     if model is not None:
         _peer_costs(runs, model, recipes, seed)
@@ -851,13 +877,38 @@ def _read_split(path: Path, data: Dataset) -> Any:
     return split
 
 
-def _print_metrics(title: str, columns: Mapping[str, Mapping[str, Metric]]) -> None:
+def _print_metrics(title: str, stages: Mapping[str, Stage]) -> None:
+    """Print the errors of stages; of crystals and molecules apart, too, where there are both."""
     headings = [Column(heading, justify="right") for heading, _ in TABLE_QUANTITIES.values()]
     table = Table("RMSE", *headings, title=title)
-    for name, metrics in columns.items():
+
+    def add(name: str, metrics: Mapping[str, Metric]) -> None:
         values = (metrics[quantity].value * factor for quantity, (_, factor) in TABLE_QUANTITIES.items())
         table.add_row(name, *(f"{value:.4f}" for value in values))
+
+    for name, stage in stages.items():
+        add(name, stage.metrics)
+        for kind, metrics in stage.by_kind.items():
+            add(f"  {kind}", metrics)
     out.print(table)
+
+
+def _warn_if_worse(stages: Mapping[str, Stage], recipe: str, lr: float) -> None:
+    """Say below the table, where nobody misses it, that a training did harm."""
+    from tlmc.evaluation.comparison import REFITTED
+
+    worse = [
+        heading
+        for quantity, (heading, _) in TABLE_QUANTITIES.items()
+        if quantity != "force_rmse_component"  # says what the vector says
+        and stages[recipe].metrics[quantity].value > stages[REFITTED].metrics[quantity].value
+    ]
+    if worse:
+        err.print(
+            f"[bold yellow]worse than the start model with its offset refitted: {', '.join(worse)}. If that is no "
+            f"accident of few test frames, lower --lr ({lr})[/bold yellow]",
+            soft_wrap=True,
+        )
 
 
 def _draw_without_window() -> None:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterable
+from difflib import SequenceMatcher
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
-class TlmcError(ValueError):
+class OneSentence(BaseException):
+    """An error that says everything in its sentence: a notebook shows that, in red, without a traceback.
+
+    By hand in JupyterLab and in headless runs alike, since the kernel asks for this method; ``%debug`` still opens the
+    place where it was raised.
+    """
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"\x1b[31m{type(self).__name__}: {self}\x1b[0m"]
+
+
+class TlmcError(OneSentence, ValueError):
     """Base class of all errors this package raises on purpose; the command line prints them without a traceback."""
 
 
@@ -26,6 +40,23 @@ class ConfigError(TlmcError):
 
 class StudyError(TlmcError):
     """A notebook of the study that failed or did not finish."""
+
+
+class Interrupted(OneSentence, KeyboardInterrupt):
+    """Ctrl-C, or SIGTERM, in the midst of a training: the sentence says what is kept and how to go on.
+
+    No `TlmcError`: what catches errors of one run and goes on with the next must not go on after an interrupt.
+    """
+
+    def __init__(self, sentence: str, number: int = signal.SIGINT) -> None:
+        super().__init__(sentence)
+        self.number = number
+        """Signal that it was."""
+
+
+def nearest_first(name: str, known: Iterable[str]) -> list[str]:
+    """Return the names that exist, the ones most like a wrong one first."""
+    return sorted(known, key=lambda other: -SequenceMatcher(None, name.lower(), other.lower()).ratio())
 
 
 def problems_of(error: ValidationError) -> str:

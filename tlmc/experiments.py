@@ -28,6 +28,7 @@ from tlmc.splits import Split, SplitMethod, shrunk, split_dataset
 from tlmc.training.cache import build_cache
 from tlmc.training.distributed import Group
 from tlmc.training.finetune import FinetuneConfig, FinetuneResult, finetune, first_model, recipe, run_name
+from tlmc.training.interrupts import interrupted
 from tlmc.training.kernels import kernels
 
 _LOG = logging.getLogger(__name__)
@@ -87,25 +88,50 @@ def run_experiment(
     Raises
     ------
     DataError, ModelError, ConfigError
-        As the steps raise them, before training starts.
+        As the steps raise them, before training starts; ModelError also if the training diverges.
+    Interrupted
+        On Ctrl-C or SIGTERM; the same call goes on.
     """
     parts = split if isinstance(split, Split) else split_dataset(dataset, method=split, seed=config.seed)
     if n_train:
-        parts = shrunk(parts, n_train, config.seed)
+        parts = shrunk(parts, n_train, config.seed, dataset)
     folder = run_dir or reports_dir() / "runs" / run_name(model, dataset, parts, config)
     result = finetune(
         model, dataset, parts, config, folder, progress=progress, tensorboard=tensorboard, device=device, group=group
     )
     if group is not None and not group.is_first:
         return Experiment(dataset, parts, result, {}, folder)
+    try:
+        stages = _evaluate(model, dataset, parts, result, study)
+    except KeyboardInterrupt as error:
+        raise interrupted(
+            error,
+            f"interrupted while the result was evaluated: it is kept in {folder}, the same call goes on from there",
+        ) from None
+    return Experiment(dataset, parts, result, stages, folder)
+
+
+def _evaluate(model: Potential, dataset: Dataset, parts: Split, result: FinetuneResult, study: str) -> dict[str, Stage]:
+    """Evaluate a result on the test part, leave ``metrics.json`` in its folder and, with a study, records."""
+    config, folder = result.config, result.run_dir
+    assert folder is not None
+    if dataset.is_crystal[parts.train].all():
+        _LOG.info(
+            "%s: trained on crystals alone, so the model is not one for lattice energies, which need molecules, too",
+            dataset.name,
+        )
     stages = before_and_after(model, {config.recipe: result.potential}, dataset, parts)
-    content = {
+    content: dict[str, Any] = {
         "run_id": result.run_id,
         "dataset": {"name": dataset.name, "source": dataset.source, "hash": dataset.hash},
         "start_model": {"name": model.name, "fingerprint": model.fingerprint},
         "n_train": len(parts.train),
         "test": {name: as_json(stage.metrics) for name, stage in stages.items()},
     }
+    if any(stage.by_kind for stage in stages.values()):
+        content["test_by_kind"] = {
+            name: {kind: as_json(metrics) for kind, metrics in stage.by_kind.items()} for name, stage in stages.items()
+        }
     write_json(folder / "metrics.json", content)
     if study:
         rows = rows_from_stages(
@@ -122,7 +148,7 @@ def run_experiment(
         metrics = evaluate(validation, predict(result.potential, validation.frames))
         cell: dict[str, Any] = {name: rows[-1][name] for name in (*CELL, "run_id")} | {"split": "validation"}
         append_records([*rows, *rows_from_metrics(metrics, **cell)])
-    return Experiment(dataset, parts, result, stages, folder)
+    return stages
 
 
 def run_recipes(
@@ -245,7 +271,15 @@ def convergence(
         target = reports_dir() / "runs" / "convergence" / f"{run_name(model, dataset, parts, config)}.csv"
         if not target.exists():
             _LOG.info("%s on %s, seed %d", name, dataset.name, config.seed)
-            write_text(target, _timed_history(model, dataset, parts, config, progress).to_csv(index=False))
+            try:
+                history = _timed_history(model, dataset, parts, config, progress)
+            except KeyboardInterrupt as error:
+                raise interrupted(
+                    error,
+                    f"interrupted in {name} on {dataset.name}, seed {config.seed}, which the same call begins anew; "
+                    f"the runs before it are kept in {target.parent}",
+                ) from None
+            write_text(target, history.to_csv(index=False))
         labels: dict[str, Any] = {"dataset": dataset.name, "setting": name, "seed": config.seed}
         table = pd.read_csv(target)
         tables.append(table.assign(**labels)[[*labels, *table.columns]])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -24,7 +25,7 @@ from tlmc.labelled import Dataset
 from tlmc.potentials.model import Potential
 from tlmc.potentials.pretrained import load_start_model
 from tlmc.potentials.transfer import Borrowing, with_elements
-from tlmc.splits import SplitMethod, shrunk, split_dataset
+from tlmc.splits import SplitMethod, only_crystals, shrunk, split_dataset
 from tlmc.training.finetune import FinetuneConfig, recipe, run_name
 from tlmc.training.replay import isolated_molecules
 
@@ -100,7 +101,7 @@ def execute(run: Run, study: str = "", progress: bool | None = None, device: str
         As the steps raise them, before training starts.
     """
     config = run.config
-    start, model, dataset = _prepared(run)
+    start, model, dataset = _prepared(run, only_crystals)
     experiment = run_experiment(
         model, dataset, config, split=run.split, n_train=run.n_train, study=study, progress=progress, device=device
     )
@@ -126,15 +127,17 @@ def run_id(run: Run) -> str:
     _, model, dataset = _prepared(run)
     parts = split_dataset(dataset, method=run.split, seed=run.seed)
     if run.n_train:
-        parts = shrunk(parts, run.n_train, run.seed)
+        parts = shrunk(parts, run.n_train, run.seed, dataset)
     return run_name(model, dataset, parts, run.config).rpartition("-")[2]
 
 
-def _prepared(run: Run) -> tuple[Potential, Potential, Dataset]:
+def _prepared(
+    run: Run, crystals: Callable[[Dataset], Dataset] = Dataset.crystals
+) -> tuple[Potential, Potential, Dataset]:
     """Return the start model, the same with borrowed elements, and the frames."""
     dataset = load_dataset(run.dataset)
     if run.crystals_only:
-        dataset = dataset.crystals()
+        dataset = crystals(dataset)
     start = load_start_model(run.start_model)
     return start, with_elements(start, run.element_map, run.borrow), dataset
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from tlmc.labelled import Dataset
 
 SplitMethod = Literal["random", "blocks", "energy_groups"]
 
+_LOG = logging.getLogger(__name__)
 _PARTS = ("train", "validation", "test")
 
 # A gap between neighbouring energies this many times wider than the median gap separates two groups.
@@ -91,9 +93,12 @@ def split_dataset(
     - ``"energy_groups"``: like ``"random"``, but every part gets its share, up to one frame, of each group that
       `energy_groups` finds (candidate crystals come in groups; thesis, chapter 4).
 
+    Crystals and isolated molecules (`Dataset.is_crystal`) of a set that holds both are divided each by itself, so that
+    every part gets its share of either, up to one frame: a lattice energy needs both, and a set has few molecules.
+
     Frames of one geometry (`Dataset.duplicates`) go to one part together: a copy of a training frame in the test set
-    measures memory. Sizes follow from the fractions by largest remainder; they are exact unless a set of copies is
-    larger than the part it must fit in or, with ``"blocks"``, lies across a boundary.
+    measures memory. Sizes, of either kind, follow from the fractions by largest remainder; they are exact unless a set
+    of copies is larger than the part it must fit in or, with ``"blocks"``, lies across a boundary.
 
     Parameters
     ----------
@@ -141,19 +146,45 @@ def split_dataset(
             f"{dataset.source}: {len(dataset)} frames are fewer than the split needs: only {len(units)} differ, and "
             "copies of one geometry cannot be in different parts"
         )
-    if method == "blocks":
-        part = _blocks(units, sizes, rng)
-    else:
-        groups = energy_groups(dataset) if method == "energy_groups" else np.zeros(len(dataset), dtype=np.int64)
-        part = _draw(units, sizes, groups, rng)
+    kinds = [[unit for unit in units if dataset.is_crystal[unit[0]] == kind] for kind in (True, False)]
+    part = np.empty(len(dataset), dtype=np.int64)
+    order = rng.permutation(3) if method == "blocks" else None
+    groups = energy_groups(dataset) if method == "energy_groups" else np.zeros(len(dataset), dtype=np.int64)
+    drawn = []
+    for kind in filter(None, kinds):
+        own = _shares(sum(map(len, kind)), np.array(fractions))
+        drawn += _draw(kind, own, groups, rng, part) if order is None else _blocks(kind, own, order, part)
+    _fill_empty(part, drawn)
     train, validation, test = (np.flatnonzero(part == p).astype(np.int64) for p in range(3))
     return Split(train, validation, test, method, int(seed))
 
 
-def shrunk(split: Split, n_train: int, seed: int = 0) -> Split:
+def only_crystals(dataset: Dataset) -> Dataset:
+    """Return the frames that are crystals, for training or judging a model; molecules left out are warned of.
+
+    What a model says about an isolated molecule is undefined if it was trained without any: the energies of both kinds
+    are off by different constants, which a lattice energy holds in full.
+    """
+    crystals = dataset.crystals()
+    if 0 < len(crystals) < len(dataset):
+        warn_of_left_out({dataset.name: len(dataset) - len(crystals)})
+    return crystals
+
+
+def warn_of_left_out(molecules: Mapping[str, int]) -> None:
+    """Say that isolated molecules, so many of each set, are left out, and what follows."""
+    listed = ", ".join(f"{count} of {name}" for name, count in molecules.items())
+    _LOG.warning(
+        "isolated molecules are left out (%s): lattice energies, which are differences between crystal and molecule, "
+        "cannot be had from a model trained without them", listed
+    )  # fmt: skip
+
+
+def shrunk(split: Split, n_train: int, seed: int = 0, dataset: Dataset | None = None) -> Split:
     """Return a split with fewer training frames and the same validation and test part.
 
-    The frames are the first of a random order, so that with one seed the smaller parts are contained in the larger.
+    The frames are the first of a random order, so that with one seed the smaller parts are contained in the larger. Of
+    a `dataset` with crystals and isolated molecules, each part has its share of either, up to one frame.
 
     Raises
     ------
@@ -162,7 +193,14 @@ def shrunk(split: Split, n_train: int, seed: int = 0) -> Split:
     """
     if not 1 <= n_train <= len(split.train):
         raise ConfigError(f"n_train must lie between 1 and the {len(split.train)} training frames, got {n_train}")
-    chosen = np.random.default_rng(seed).permutation(split.train)[:n_train]
+    order = np.random.default_rng(seed).permutation(split.train)
+    if dataset is not None:
+        place = np.empty(len(order))
+        for kind in (True, False):
+            own = np.flatnonzero(dataset.is_crystal[order] == kind)
+            place[own] = (np.arange(len(own)) + 0.5) / max(1, len(own))
+        order = order[np.argsort(place, kind="stable")]
+    chosen = order[:n_train]
     return Split(np.sort(chosen), split.validation, split.test, f"{split.method}, {n_train} for training", split.seed)
 
 
@@ -225,27 +263,34 @@ def _shares(total: int, weights: NDArray[np.float64]) -> NDArray[np.int64]:
     return shares
 
 
-def _blocks(units: list[NDArray[np.int64]], sizes: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Cut the units, in the order of their first frames, where the sizes come closest."""
-    part = np.empty(sum(map(len, units)), dtype=np.int64)
-    order = rng.permutation(3)
+def _blocks(
+    units: list[NDArray[np.int64]], sizes: NDArray[np.int64], order: NDArray[np.int64], part: NDArray[np.int64]
+) -> list[NDArray[np.int64]]:
+    """Cut the units, in the order of their first frames, where the sizes come closest; return them."""
     seen = np.cumsum([0, *map(len, units)])
     inner = [int(np.abs(seen - goal).argmin()) for goal in np.cumsum(sizes[order])[:2]]
-    # however many copies a frame has, each part keeps one unit if there are three
-    inner[0] = max(1, min(inner[0], len(units) - 2))
-    inner[1] = max(inner[0] + 1, min(inner[1], len(units) - 1))
+    if len(units) >= 3:
+        # however many copies a frame has, each part keeps one unit if there are three
+        inner[0] = max(1, min(inner[0], len(units) - 2))
+        inner[1] = max(inner[0] + 1, min(inner[1], len(units) - 1))
     edges = [0, *inner, len(units)]
     for p, start, end in zip(order, edges[:-1], edges[1:], strict=True):
         for unit in units[start:end]:
             part[unit] = p
-    return part
+    return units
 
 
 def _draw(
-    units: list[NDArray[np.int64]], sizes: NDArray[np.int64], groups: NDArray[np.int64], rng: np.random.Generator
-) -> NDArray[np.int64]:
-    """Draw a part for every unit: first sets of copies, largest first, then single frames group by group."""
-    part = np.empty(len(groups), dtype=np.int64)
+    units: list[NDArray[np.int64]],
+    sizes: NDArray[np.int64],
+    groups: NDArray[np.int64],
+    rng: np.random.Generator,
+    part: NDArray[np.int64],
+) -> list[NDArray[np.int64]]:
+    """Draw a part for every unit: first sets of copies, largest first, then single frames group by group.
+
+    Returns the units in the order of a draw.
+    """
     room = sizes.copy()
     shuffled = [units[k] for k in rng.permutation(len(units))]
     for unit in sorted((unit for unit in shuffled if len(unit) > 1), key=len, reverse=True):
@@ -264,8 +309,11 @@ def _draw(
         p = int(behind.argmax())
         part[k] = p
         given[p] += 1
-    # a part too small for any set of copies still gets one: the smallest of the part that has most
+    return shuffled
+
+
+def _fill_empty(part: NDArray[np.int64], units: list[NDArray[np.int64]]) -> None:
+    """Give a part too small for any set of copies one nevertheless: the smallest of the part that has most."""
     for empty in np.flatnonzero(np.bincount(part, minlength=3) == 0):
-        donor = np.bincount([part[unit[0]] for unit in shuffled], minlength=3).argmax()
-        part[min((unit for unit in shuffled if part[unit[0]] == donor), key=len)] = empty
-    return part
+        donor = np.bincount([part[unit[0]] for unit in units], minlength=3).argmax()
+        part[min((unit for unit in units if part[unit[0]] == donor), key=len)] = empty

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tlmc.equality import equal_by_content
-from tlmc.evaluation.metrics import Metric, evaluate
+from tlmc.evaluation.metrics import Metric, by_kind, evaluate
 from tlmc.evaluation.records import rows_from_metrics
 from tlmc.potentials.calculator import Predictions, predict
 from tlmc.reference import fit_reference
@@ -28,6 +29,8 @@ class Stage(NamedTuple):
 
     predictions: Predictions
     metrics: dict[str, Metric]
+    by_kind: Mapping[str, dict[str, Metric]] = MappingProxyType({})
+    """Errors of ``crystals`` and ``molecules`` apart, where the part holds both."""
 
 
 def refit_offset(model: Potential, dataset: Dataset) -> Potential:
@@ -66,7 +69,7 @@ def before_and_after(
     stages = {}
     for name, model in models.items():
         predictions = predict(model, chosen.frames)
-        stages[name] = Stage(predictions, evaluate(chosen, predictions))
+        stages[name] = Stage(predictions, evaluate(chosen, predictions), by_kind(chosen, predictions))
     return stages
 
 

@@ -172,6 +172,45 @@ def evaluate(dataset: Dataset, predictions: Predictions, force_bound: float = FO
     return {quantity: Metric(value, _unit(quantity)) for quantity, value in values.items()}
 
 
+def by_kind(
+    dataset: Dataset, predictions: Predictions, force_bound: float = FORCE_BOUND
+) -> dict[str, dict[str, Metric]]:
+    """Compare predictions with labels for crystals and isolated molecules apart.
+
+    Parameters
+    ----------
+    dataset, predictions, force_bound
+        As in :func:`evaluate`.
+
+    Returns
+    -------
+    dict
+        What :func:`evaluate` returns under ``"crystals"`` and under ``"molecules"``; empty if all frames are of one
+        kind.
+
+    Raises
+    ------
+    ConfigError, DataError
+        As :func:`evaluate`.
+    """
+    if dataset.is_crystal.all() or not dataset.is_crystal.any():
+        return {}
+    kinds = {"crystals": dataset.is_crystal, "molecules": ~dataset.is_crystal}
+    return {
+        kind: evaluate(dataset.subset(chosen), _chosen(predictions, np.flatnonzero(chosen)), force_bound)
+        for kind, chosen in kinds.items()
+    }
+
+
+def _chosen(predictions: Predictions, frames: NDArray[np.int64]) -> Predictions:
+    """Return the predictions of some frames."""
+    stresses = tuple(predictions.stresses[k] for k in frames) if predictions.stresses else ()
+    energies = np.asarray(predictions.energies)[frames]
+    return predictions._replace(
+        energies=energies, forces=tuple(predictions.forces[k] for k in frames), stresses=stresses
+    )
+
+
 def per_frame(dataset: Dataset, predictions: Predictions) -> pd.DataFrame:
     """Return the errors of each frame.
 

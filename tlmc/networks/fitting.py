@@ -24,6 +24,8 @@ from tlmc.labelled import Dataset
 from tlmc.networks.atomistic import AtomisticNetwork, P
 from tlmc.networks.optimizers import AdamW
 from tlmc.splits import Split, shrunk
+from tlmc.training.divergence import Guard, force_rms
+from tlmc.training.interrupts import heeded, interrupted
 from tlmc.training.loss import batch_loss
 
 _LOG = logging.getLogger(__name__)
@@ -83,7 +85,9 @@ def fit(
     DataError
         If a part is empty, the preparation is not of these frames, or the scales cannot be fitted.
     ModelError
-        If the loss becomes infinite or NaN.
+        If the training diverges (:class:`tlmc.training.divergence.Guard`).
+    Interrupted
+        On Ctrl-C or SIGTERM: nothing is kept.
     """
     config = config or FitConfig()
     for part in ("train", "validation"):
@@ -96,32 +100,61 @@ def fit(
     network.fit_scales(dataset.subset(split.train), [prepared[k] for k in split.train])
     targets = torch.from_numpy(dataset.energies) - network.reference(prepared)
     forces = [torch.from_numpy(force).to(network.dtype) for force in dataset.forces]
+    optimizer = AdamW(list(network.parameters()), lr=config.lr, weight_decay=config.weight_decay)
+    history: list[dict[str, float]] = []
+    with heeded():
+        try:
+            _train(network, prepared, targets, forces, split, config, optimizer, history)
+        except KeyboardInterrupt as error:
+            raise interrupted(
+                error,
+                f"interrupted in epoch {len(history) + 1} of {config.epochs}: of a training in memory nothing is kept",
+            ) from None
+    return FitResult(network, pd.DataFrame(history))
+
+
+def _train(
+    network: AtomisticNetwork[P],
+    prepared: Sequence[P],
+    targets: Tensor,
+    forces: Sequence[Tensor],
+    split: Split,
+    config: FitConfig,
+    optimizer: AdamW,
+    history: list[dict[str, float]],
+) -> None:
+    """Change the network epoch by epoch and append a row for each."""
     weights = list(network.parameters())
-    optimizer = AdamW(weights, lr=config.lr, weight_decay=config.weight_decay)
     n_batches = math.ceil(len(split.train) / config.batch_size)
-    history = []
+
+    def validate() -> dict[str, float]:
+        sums = _Sums()
+        for chosen in np.array_split(split.validation, math.ceil(len(split.validation) / 16)):
+            sums.add(network, prepared, targets, forces, chosen, config.lambda_, create_graph=False)
+        return sums.means("validation")
+
+    remedy = f"lower lr ({config.lr})" + (" or set clip_norm" if config.clip_norm is None else "")
+    guard = Guard(validate(), force_rms(forces[k].numpy() for k in split.validation), remedy)
     for epoch in range(config.epochs):
         began = time.perf_counter()
         order = np.random.default_rng([config.seed, epoch]).permutation(split.train)
-        train, validation = _Sums(), _Sums()
+        train = _Sums()
         for k in range(n_batches):
             chosen = order[k * config.batch_size : (k + 1) * config.batch_size]
             optimizer.lr = config.lr * 0.5 * (1.0 + math.cos(math.pi * optimizer.steps / (config.epochs * n_batches)))
             loss = train.add(network, prepared, targets, forces, chosen, config.lambda_, create_graph=True)
             if not math.isfinite(loss.item()):
-                raise ModelError(f"the loss became {loss.item()} in epoch {epoch + 1}: lower lr ({config.lr})")
+                raise ModelError(f"the loss became {loss.item()} in epoch {epoch + 1}: {remedy}")
             optimizer.step(_clipped(torch.autograd.grad(loss, weights), config.clip_norm))
-        for chosen in np.array_split(split.validation, math.ceil(len(split.validation) / 16)):
-            validation.add(network, prepared, targets, forces, chosen, config.lambda_, create_graph=False)
-        row = {"epoch": float(epoch + 1), "lr": optimizer.lr}
-        history.append(row | train.means("train") | validation.means("validation"))
-        history[-1]["seconds"] = time.perf_counter() - began
+        row = {"epoch": float(epoch + 1), "lr": optimizer.lr} | train.means("train") | validate()
+        guard.check_epoch(row, {"weights": torch.nn.utils.parameters_to_vector(weights).detach()})
+        history.append(row | {"seconds": time.perf_counter() - began})
         _LOG.info(
             "%s epoch %d/%d: validation F %.3f eV/A, E %.2f meV/atom",
             type(network).__name__, epoch + 1, config.epochs, history[-1]["validation_force_rmse_vector"],
             1e3 * history[-1]["validation_energy_rmse_per_atom"],
         )  # fmt: skip
-    return FitResult(network, pd.DataFrame(history))
+    guard.check_end(history[-1])
 
 
 def error_over_size(
@@ -163,7 +196,7 @@ def error_over_size(
             prepared = network.prepare(dataset.frames) if prepared is None else prepared
             epochs = math.ceil(steps / math.ceil(size / config.batch_size))
             settings = config.model_copy(update={"epochs": epochs, "seed": seed})
-            trained = fit(network, dataset, shrunk(split, size, seed), settings, prepared).network
+            trained = fit(network, dataset, shrunk(split, size, seed, dataset), settings, prepared).network
             metrics = evaluate(test, trained.predict([prepared[k] for k in split.test]))
             wanted = ("energy_rmse_per_atom", "force_rmse_vector")
             rows.append({"n_train": size, "seed": seed, **{name: metrics[name].value for name in wanted}})

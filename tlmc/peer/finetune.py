@@ -20,9 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from tlmc.equality import equal_by_content
-from tlmc.errors import ConfigError, ModelError, problems_of
+from tlmc.errors import ConfigError, DataError, ModelError, nearest_first, problems_of
 from tlmc.evaluation.comparison import Stage
-from tlmc.evaluation.metrics import as_json, evaluate
+from tlmc.evaluation.metrics import as_json, by_kind, evaluate
 from tlmc.evaluation.records import append_records, rows_from_metrics
 from tlmc.files import atomic_path, write_json
 from tlmc.labelled import Dataset
@@ -32,6 +32,8 @@ from tlmc.provenance import git_revision, package_versions
 from tlmc.reference import fit_reference
 from tlmc.splits import Split, split_dataset
 from tlmc.training.checkpoint import load_tensors, save_tensors
+from tlmc.training.divergence import Guard, force_rms
+from tlmc.training.interrupts import heeded, interrupted
 from tlmc.training.loss import batch_loss
 from tlmc.training.optimizer import Update, apply
 
@@ -76,7 +78,9 @@ def peer_config(**settings: Any) -> PeerConfig:
     try:
         return PeerConfig(**settings)
     except ValidationError as error:
-        raise ConfigError(f"peer: {problems_of(error)}") from error
+        unknown = [str(problem["loc"][0]) for problem in error.errors() if problem["type"] == "extra_forbidden"]
+        known = f"; the settings are {', '.join(nearest_first(unknown[0], PeerConfig.model_fields))}" if unknown else ""
+        raise ConfigError(f"peer: {problems_of(error)}{known}") from error
 
 
 @equal_by_content
@@ -130,7 +134,10 @@ def run_peer(
     ConfigError
         If ``sevenn`` is not installed, or the folder holds another run.
     ModelError
-        If an element is unknown to the peer, its weights are not the published ones, or the loss becomes infinite.
+        If an element is unknown to the peer, its weights are not the published ones, or the training diverges
+        (:class:`tlmc.training.divergence.Guard`).
+    Interrupted
+        On Ctrl-C or SIGTERM, after the last whole epoch.
     """
     config = config or PeerConfig()
     model = load_sevennet()
@@ -147,20 +154,30 @@ def run_peer(
     test = dataset.subset(split.test)
     model = trainer.model
     published = predict(model, test.frames)
-    stages = {UNMODIFIED: Stage(published, evaluate(test, published))}
+    stages = {UNMODIFIED: Stage(published, evaluate(test, published), by_kind(test, published))}
     trainer.restore(state)
     _save(folder, state, run_id)
-    while state.epoch < config.epochs:
-        row = trainer.epoch(state)
-        _save(folder, state, run_id)
-        _LOG.info(
-            "%s on %s, epoch %d/%d: lr %.1e, loss %.2e; validation F %.4f eV/A, E %.2f meV; %.0f s of processor time",
-            NAME, dataset.name, state.epoch, config.epochs, row["lr"], row["train_loss"],
-            row["validation_force_rmse_vector"], 1e3 * row["validation_energy_rmse_per_atom"], row["cpu_seconds"],
-        )  # fmt: skip
+    with heeded():
+        try:
+            while state.epoch < config.epochs:
+                row = trainer.epoch(state)
+                _save(folder, state, run_id)
+                _LOG.info(
+                    "%s on %s, epoch %d/%d: lr %.1e, loss %.2e; validation F %.4f eV/A, E %.2f meV; %.0f s of "
+                    "processor time", NAME, dataset.name, state.epoch, config.epochs, row["lr"], row["train_loss"],
+                    row["validation_force_rmse_vector"], 1e3 * row["validation_energy_rmse_per_atom"],
+                    row["cpu_seconds"],
+                )  # fmt: skip
+        except KeyboardInterrupt as error:
+            raise interrupted(
+                error,
+                f"interrupted in epoch {min(state.epoch + 1, config.epochs)} of {config.epochs}: whole epochs are kept "
+                f"in {folder}, the same call, or the same command, goes on from there",
+            ) from None
     if config.epochs:
+        trainer.guard(state).check_end(state.history[-1])
         tuned = predict(model, test.frames)
-        stages[config.recipe] = Stage(tuned, evaluate(test, tuned))
+        stages[config.recipe] = Stage(tuned, evaluate(test, tuned), by_kind(test, tuned))
     history = pd.DataFrame(state.history)
     content = {
         "run_id": run_id,
@@ -169,6 +186,11 @@ def run_peer(
         "n_train": len(split.train),
         "cpu_seconds": state.history[-1]["cpu_seconds"],
         "test": {recipe: as_json(stage.metrics) for recipe, stage in stages.items()},
+        "test_by_kind": {
+            recipe: {kind: as_json(metrics) for kind, metrics in stage.by_kind.items()}
+            for recipe, stage in stages.items()
+            if stage.by_kind
+        },
         "versions": package_versions() | {name: version(name) for name in ("sevenn", "e3nn")},
         "git_revision": git_revision(),
     }
@@ -233,6 +255,10 @@ class _Trainer:
         """Continue from a state: the network's weights become views of the flat buffer."""
         torch.nn.utils.vector_to_parameters(state.tensors["flat"], self.weights)
 
+    def guard(self, state: _State) -> Guard:
+        """Return what tells whether a training from the published weights diverged."""
+        return Guard(state.history[0], force_rms(self.validation.forces), f"lower lr ({self.config.lr})")
+
     def epoch(self, state: _State) -> dict[str, float]:
         """Train one epoch and validate, bring the state up to date and return the new row of the history."""
         began, config = time.process_time(), self.config
@@ -257,7 +283,13 @@ class _Trainer:
                     torch.nn.utils.parameters_to_vector(slopes), rate, config.weight_decay, state.step,
                 )
             )  # fmt: skip
-        row = {"epoch": state.epoch + 1.0, "lr": rate, "train_loss": float(np.mean(losses))} | self._validate()
+        row = {"epoch": state.epoch + 1.0, "lr": rate, "train_loss": float(np.mean(losses))}
+        guard = self.guard(state)
+        try:
+            row |= self._validate()
+        except DataError as error:  # of predictions that are not finite
+            raise ModelError(f"the training diverged in epoch {state.epoch + 1}: {error}: {guard.remedy}") from error
+        guard.check_epoch(row, state.tensors)
         row["cpu_seconds"] = state.history[-1]["cpu_seconds"] + time.process_time() - began
         state.epoch += 1
         state.history.append(row)

@@ -20,6 +20,7 @@ from tlmc.files import atomic_path
 from tlmc.potentials.model import Layer, Potential
 from tlmc.provenance import git_revision, package_versions
 from tlmc.reference import ReferenceEnergies
+from tlmc.training.divergence import is_finite
 
 FORMAT = "tlmc-model-1"
 _ENRICHMENT = ("shift", "projection")
@@ -71,7 +72,13 @@ def save_model(potential: Potential, path: Path | str, metadata: Mapping[str, An
         File to write; it appears whole or not at all.
     metadata
         Anything JSON can hold (configuration, data hash, metrics); package versions and git revision are added.
+
+    Raises
+    ------
+    ModelError
+        If a weight is infinite or NaN.
     """
+    check_weights(potential, str(path))
     description = {
         "format": FORMAT,
         "model": {
@@ -107,7 +114,8 @@ def load_model(path: Path | str) -> tuple[Potential, dict[str, Any]]:
     Raises
     ------
     ModelError
-        If the file is missing, damaged, not a model, or of a layout this version does not know.
+        If the file is missing, damaged, not a model, of a layout this version does not know, or holds a weight that is
+        infinite or NaN.
     """
     tensors, description = load_tensors(path)
     if description.get("format") != FORMAT:
@@ -144,13 +152,15 @@ def load_model(path: Path | str) -> tuple[Potential, dict[str, Any]]:
         )
         _check_shapes(potential)
         metadata = {"versions": dict(description["versions"]), "git_revision": str(description["git_revision"])}
-        return potential, metadata | dict(description["metadata"])
+        metadata |= dict(description["metadata"])
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise ModelError(f"{path} lacks a part of the model or holds a wrong one: {error}") from error
+    check_weights(potential, str(path))
+    return potential, metadata
 
 
 def _check_shapes(potential: Potential) -> None:
-    """Make sure that the tensors are the networks of the model, all of one precision, and numbers."""
+    """Make sure that the tensors are the networks of the model, all of one precision."""
     members, dtype = potential.members, potential.dtype
     for symbol in potential.symbols:
         n_in = potential.n_columns
@@ -161,6 +171,17 @@ def _check_shapes(potential: Potential) -> None:
                 name = f"{symbol}.{number}.{part}"
                 if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                     raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {shape} {dtype}")
-                if not bool(tensor.isfinite().all()):
-                    raise ValueError(f"{name} holds values that are not finite")
             n_in = n_out
+
+
+def check_weights(potential: Potential, where: str) -> None:
+    """Raise a ModelError if a weight is infinite or NaN, as a training that diverges leaves it."""
+    parts = {
+        f"weights of {symbol}": [x for layer in potential.networks[symbol] for x in layer]
+        for symbol in potential.symbols
+    }
+    if potential.enrichment is not None:
+        parts["enrichment"] = [getattr(potential.enrichment, name) for name in _ENRICHMENT]
+    broken = [name for name, tensors in parts.items() if not is_finite(tensors)]
+    if broken:
+        raise ModelError(f"{where}: {', '.join(broken)} are infinite or NaN, as a training leaves them that diverged")

@@ -217,7 +217,8 @@ def launch(n_processes: int, arguments: Sequence[str]) -> int:
         except ChildFailedError as error:
             ended = {rank: int(failure.exitcode) for rank, failure in error.failures.items()}
             # the first that fails makes the launcher end the others
-            by_itself = {rank: status for rank, status in ended.items() if status != -signal.SIGTERM}
+            ended_by_it = (-signal.SIGTERM, 128 + signal.SIGTERM)
+            by_itself = {rank: status for rank, status in ended.items() if status not in ended_by_it}
             rank, status = min((by_itself or ended).items())
             if status < 0:
                 killer = signal.Signals(-status).name

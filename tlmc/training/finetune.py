@@ -9,8 +9,8 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,11 +22,12 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from tqdm.auto import tqdm
 
 from tlmc.descriptors.enrichment import Compression, fit_enrichment
 from tlmc.equality import equal_by_content
-from tlmc.errors import ConfigError, DataError, ModelError, problems_of
+from tlmc.errors import ConfigError, DataError, ModelError, nearest_first, problems_of
 from tlmc.files import atomic_path, write_json
 from tlmc.labelled import Dataset
 from tlmc.potentials.model import Potential
@@ -34,10 +35,12 @@ from tlmc.potentials.transfer import enrich, first_members, scratch, trainable_l
 from tlmc.reference import fit_reference
 from tlmc.splits import Split
 from tlmc.training.cache import DescriptorCache, build_cache
-from tlmc.training.checkpoint import load_model, load_tensors, save_model, save_tensors
+from tlmc.training.checkpoint import check_weights, load_model, load_tensors, save_model, save_tensors
 from tlmc.training.devices import DeviceCache, find_device
-from tlmc.training.distributed import Group
+from tlmc.training.distributed import ContactError, Group
+from tlmc.training.divergence import HOPELESS, Guard, force_rms, is_finite
 from tlmc.training.engine import Batch, Engine, merge
+from tlmc.training.interrupts import heeded, interrupted, undisturbed
 from tlmc.training.kernels import kernels
 from tlmc.training.loss import LossAndSlopes, LossKind, batch_loss
 from tlmc.training.low_rank import LowRank
@@ -112,8 +115,9 @@ class FinetuneConfig(BaseModel):
     clip_norm: float | None = Field(None, gt=0.0)
     """Largest norm of the gradient, in units of the loss per weight."""
     keep: Literal["last", "best"] = "last"
-    """Which weights the result holds. ``best`` has the lowest ``sqrt(force RMSE * energy RMSE)`` of the validation
-    part: the forces alone are a trap, since a dozen frames contain outliers."""
+    """Which weights the result, and the run folder, holds; the others are not kept. ``best`` has the lowest
+    ``sqrt(force RMSE * energy RMSE)`` of the validation part: the forces alone are a trap, since a dozen frames contain
+    outliers."""
     seed: int = Field(0, ge=0)
     """Order of the batches, and the weights with ``init="scratch"``."""
     precision: Literal["float32", "float64"] = "float32"
@@ -163,14 +167,27 @@ def recipe(name: str, **changes: Any) -> FinetuneConfig:
     Raises
     ------
     ConfigError
-        If the recipe or a setting is unknown, or a value is of the wrong type or out of range.
+        If the recipe or a setting is unknown, or a value is of the wrong type or out of range. The sentence lists the
+        names that there are, those most like an unknown one first.
     """
     if name not in RECIPES:
-        raise ConfigError(f"there is no recipe {name!r}: choose one of {', '.join(RECIPES)}")
+        raise ConfigError(f"there is no recipe {name!r}: choose one of {', '.join(nearest_first(name, RECIPES))}")
     try:
         return FinetuneConfig(**({"recipe": name} | RECIPES[name] | changes))
     except ValidationError as error:
-        raise ConfigError(f"recipe {name}: {problems_of(error)}") from error
+        raise ConfigError(f"recipe {name}: {problems_of(error)}{_known_names(error)}") from error
+
+
+def _known_names(error: ValidationError) -> str:
+    """Return the settings that there are, if an unknown one is among the problems."""
+    sentences = []
+    for problem in error.errors():
+        if problem["type"] == "extra_forbidden":
+            *outer, name = map(str, problem["loc"])
+            known = RicherColumns.model_fields if outer else FinetuneConfig.model_fields
+            of = f" of {'.'.join(outer)}" if outer else ""
+            sentences.append(f"; the settings{of} are {', '.join(nearest_first(name, known))}")
+    return "".join(dict.fromkeys(sentences))
 
 
 @equal_by_content
@@ -209,6 +226,16 @@ class _State:
     best_epoch: int
     history: list[dict[str, float]]
 
+    def copy(self) -> _State:
+        """Return a state that further training leaves as it is."""
+        return replace(
+            self,
+            tensors={name: tensor.clone() for name, tensor in self.tensors.items()},
+            inactive=dict(self.inactive),
+            plateau=dict(self.plateau),
+            history=list(self.history),
+        )
+
 
 def finetune(
     model: Potential,
@@ -235,16 +262,18 @@ def finetune(
     config
         Settings; the thesis protocol by default. See :func:`recipe`.
     run_dir
-        Folder for settings, learning curve (``history.csv``), checkpoints (``state.safetensors``) and models
-        (``last.safetensors``, ``best.safetensors``, and ``model.safetensors``, the one to keep). If it holds an
-        unfinished run with the same settings, that run goes on and ends with the weights it would have had anyway.
-        None keeps everything in memory.
+        Folder for settings (``run.json``, ``split.json``), learning curve (``history.csv``) and the model with the
+        weights that `keep` asks for (``model.safetensors``). Until that is written there is ``state.safetensors`` to go
+        on from, three to six times as large: if the folder holds an unfinished run with the same settings, that run
+        goes on and ends with the weights it would have had anyway. A training is continued beyond its end by starting
+        another from its model. None keeps everything in memory.
     progress
-        Show a bar; by default at a terminal (in JupyterLab, ask for it). Without it one line per epoch goes to the log.
+        Show a bar; by default at a terminal and in a notebook that somebody has open, not in one that is run headless.
+        Without it one line per epoch goes to the log.
     tensorboard
         Also write TensorBoard events to ``run_dir/tensorboard``.
     checkpoint_seconds
-        How much work a kill may cost.
+        How much work a kill may cost. Ctrl-C and SIGTERM cost at most the epoch that is under way.
     threads
         Threads to train with. By default all of torch's for an ensemble, and one for a single network, whose steps are
         so short that a second thread gains a fifth on a quiet machine and costs a factor on a busy one.
@@ -259,12 +288,17 @@ def finetune(
     Raises
     ------
     ModelError
-        If the model lacks an element or has fewer members than asked for, or the loss becomes infinite or NaN.
+        If the model lacks an element or has fewer members than asked for; or if the training diverges: a loss, a weight
+        or a validation error becomes infinite or NaN, or a validation error ends above ten times (or is after any epoch
+        above a hundred times) that of the start model and that of predicting no forces, or 0.3 eV/atom. Nothing but
+        the curve is kept then. A result that is merely worse than the start model is warned of.
     DataError
         If the split does not belong to the data set.
     ConfigError
         If `run_dir` holds a run with other settings or data, TensorBoard is asked for but missing, there is no such
         device, or the processes of a group differ in what they were given.
+    Interrupted
+        On Ctrl-C or SIGTERM, after the last whole epoch is saved to `run_dir`: a `KeyboardInterrupt`.
     """
     config = config or FinetuneConfig()
     group = group or Group(device=find_device(device))
@@ -282,16 +316,41 @@ def finetune(
         if group.is_first:
             _claim(folder, description, split)
         if group.from_first((folder / "model.safetensors").exists()):
-            return _finished(folder, config, run_id)
+            return _finished(folder, config, run_id, dataset.subset(split.validation), tidy=group.is_first)
     if not group.is_first:
         folder, progress = None, False
+    with _kept_on_interrupt(folder, config, run_id) as keep:
+        return _train(
+            ensemble, dataset, split, config, folder, description | {"run_id": run_id}, keep,
+            progress, tensorboard, checkpoint_seconds, threads, group,
+        )  # fmt: skip
 
+
+def _train(
+    ensemble: Potential,
+    dataset: Dataset,
+    split: Split,
+    config: FinetuneConfig,
+    folder: Path | None,
+    description: dict[str, Any],
+    keep: _Kept,
+    progress: bool | None,
+    tensorboard: bool,
+    checkpoint_seconds: float,
+    threads: int | None,
+    group: Group,
+) -> FinetuneResult:
+    """Train, from the state in the folder if there is one, and write the result."""
+    run_id = description["run_id"]
     begin = first_model(ensemble, dataset, split, config)
     threads = threads or (1 if begin.members == 1 else torch.get_num_threads())
     dtype = cast(torch.dtype, getattr(torch, config.precision))
     replayed = isolated_molecules(dataset.elements, "replayed") if config.replay else []
-    with group.first_alone(), _bar(progress, len(dataset), "descriptors") as bar:
-        cache = build_cache(begin, (*dataset.frames, *replayed), dtype, report=bar.update)
+    described = (*dataset.frames, *replayed)
+    with group.first_alone():
+        # shown only once there is something to compute: a cache that is there is opened at once
+        with _bar(progress, len(described), "descriptors", delay=1e-9) as bar:
+            cache = build_cache(begin, described, dtype, report=bar.update)
         if group.device.type == "cpu":
             kernels(dtype)  # compiled now, by one process
     group.check_same(cache.folder.name, "descriptors")
@@ -308,6 +367,7 @@ def finetune(
     vars(state).update(group.from_first(_scalars(state)))
     resumed_from = state.epoch
     trainer.restore(state)
+    keep(state)
 
     saved = time.monotonic()
     with (
@@ -317,7 +377,11 @@ def finetune(
     ):
         bar.update(state.epoch)
         while state.epoch < config.epochs and not _is_stopped(state, config):
-            row = trainer.epoch(state)
+            try:
+                row = trainer.epoch(state)
+            except ModelError as error:
+                raise _without_result(error, folder, state) from error
+            keep(state)
             bar.update(1)
             bar.set_postfix(
                 F=f"{row['validation_force_rmse_vector']:.3f}",
@@ -334,14 +398,21 @@ def finetune(
                 _save_state(folder, state, run_id)
                 saved = time.monotonic()
 
-    history = pd.DataFrame(state.history)
-    last, best = trainer.potential(state, "ema" if config.ema_decay else "flat"), trainer.potential(state, "best")
-    kept = last if config.keep == "last" else best
+    row = state.history[-1 if config.keep == "last" else state.best_epoch - 1]
+    which = "best" if config.keep == "best" else "ema" if config.ema_decay else "flat"
+    kept = trainer.potential(state, which)
+    try:
+        trainer.guard.check_end(row)
+        check_weights(kept, "the trained model")
+    except ModelError as error:
+        raise _without_result(error, folder, state) from error
     if folder is not None:
         _save_state(folder, state, run_id)
-        for name, potential in (("last", last), ("best", best), ("model", kept)):
-            row = state.history[state.best_epoch - 1 if potential is best else -1]
-            save_model(potential, folder / f"{name}.safetensors", description | {"run_id": run_id, "metrics": row})
+        kinds = {"crystals": int(dataset.is_crystal[split.train].sum())}
+        kinds["molecules"] = len(split.train) - kinds["crystals"]
+        save_model(kept, folder / "model.safetensors", description | {"metrics": row, "trained_on": kinds})
+        _tidy(folder)
+    history = pd.DataFrame(state.history)
     return FinetuneResult(kept, history, state.best_epoch, config, run_id, folder, resumed_from)
 
 
@@ -406,14 +477,25 @@ class _Trainer:
             if replayed else None
         )  # fmt: skip
         self.trains_first = trainable[0] and self.low_rank is None
+        self.guard = Guard(
+            self._errors(split.validation).summary("validation"),
+            force_rms(dataset.forces[k] for k in split.validation),
+            f"lower lr ({config.lr})" + (" or set clip_norm" if config.clip_norm is None else ""),
+        )
 
     def start(self) -> _State:
         """Return the state before the first step, after the warm start if there is one."""
         if self.config.warm_start == "ridge":
-            ridge_start(
-                self.engine, self.cache, self.split.train, self.energies, self.forces,
-                self.config.lambda_, self.config.ridge,
-            )  # fmt: skip
+            try:
+                ridge_start(
+                    self.engine, self.cache, self.split.train, self.energies, self.forces,
+                    self.config.lambda_, self.config.ridge,
+                )  # fmt: skip
+                solved = is_finite([self.engine.flat])
+            except LinAlgError:
+                solved = False
+            if not solved:
+                raise ModelError(f"the warm start has no finite solution: raise ridge ({self.config.ridge})")
         return self.blank()
 
     def blank(self) -> _State:
@@ -467,7 +549,8 @@ class _Trainer:
                 state.tensors["ema"].lerp_(self.engine.flat, 1.0 - config.ema_decay)
                 state.inactive["ema"] += (1.0 - config.ema_decay) * (state.inactive["flat"] - state.inactive["ema"])
         train.collect(self.group)
-        self._check_finite(train, state)
+        # after the epoch, since a GPU would have to wait at every step
+        self.guard.check_losses(train.losses, state.epoch + 1, state.step - len(train.losses) + 1)
         validation = self._validate(state)
         row = {"epoch": float(state.epoch + 1), "lr": rate} | train.summary("train") | validation.summary("validation")
         score = math.sqrt(row["validation_force_rmse_vector"] * row["validation_energy_rmse_per_atom"])
@@ -482,6 +565,7 @@ class _Trainer:
             self._plateau(state, row["validation_loss"])
         state.epoch += 1
         state.history.append(row)
+        self.guard.check_epoch(row, state.tensors)
         return row
 
     def _step(self, n_structures: int, share: _Labelled | None, errors: _Errors, update: Update) -> None:
@@ -509,15 +593,6 @@ class _Trainer:
         apply(update)
         if self.low_rank is not None:
             self.low_rank.push()
-
-    def _check_finite(self, errors: _Errors, state: _State) -> None:
-        """Stop if the loss of a step was not a number; after an epoch, since a GPU would have to wait at every step."""
-        for step, loss in enumerate(errors.losses, start=state.step - len(errors.losses) + 1):
-            if not math.isfinite(loss):
-                raise ModelError(
-                    f"the loss became {loss} in epoch {state.epoch + 1}, step {step}: "
-                    f"lower lr ({self.config.lr}) or set clip_norm"
-                )
 
     def _batches(self, epoch: int) -> Iterator[NDArray[np.int64]]:
         """Return the batches of an epoch."""
@@ -766,19 +841,120 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _finished(folder: Path, config: FinetuneConfig, run_id: str) -> FinetuneResult:
+def _finished(folder: Path, config: FinetuneConfig, run_id: str, validation: Dataset, *, tidy: bool) -> FinetuneResult:
     """Return the result of a run that had ended."""
     _LOG.info("%s holds this run, finished", folder)
-    potential, _ = load_model(folder / "model.safetensors")
-    state = _load_state(folder / "state.safetensors", run_id)
-    return FinetuneResult(potential, pd.DataFrame(state.history), state.best_epoch, config, run_id, folder, state.epoch)
+    path = folder / "model.safetensors"
+    potential, metadata = load_model(path)
+    if metadata.get("run_id") != run_id:
+        raise ConfigError(f"{path} belongs to run {metadata.get('run_id')}, not to {run_id}: delete it to train anew")
+    error = float(metadata["metrics"]["validation_force_rmse_vector"])
+    if error > HOPELESS * max(1.0, force_rms(validation.forces)):
+        # of a version that kept whatever came out
+        raise ModelError(f"{path} is of a training that diverged, force RMSE {error:.4g} eV/A: delete {folder}")
+    history = _read_history(folder / "history.csv")
+    best_epoch = int(history["epoch"].iloc[int(history["validation_score"].argmin())])
+    if tidy:
+        _tidy_later(folder, run_id)
+    return FinetuneResult(potential, history, best_epoch, config, run_id, folder, len(history))
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a finished run has no use for: its state to go on from, never anything that it did not write."""
+    (folder / "state.safetensors").unlink(missing_ok=True)
+
+
+def _tidy_later(folder: Path, run_id: str) -> None:
+    """Remove the state of a run that was killed in the moment before, if it is this run's."""
+    with suppress(OSError, ModelError):  # kept where nobody may write, perhaps, or not there
+        if load_tensors(folder / "state.safetensors")[1].get("run_id") == run_id:
+            _tidy(folder)
 
 
 def _save_state(folder: Path, state: _State, run_id: str) -> None:
     """Write the checkpoint, then the learning curve."""
     save_tensors(folder / "state.safetensors", state.tensors, {"run_id": run_id, "state": _scalars(state)})
+    _save_history(folder, state)
+
+
+def _save_history(folder: Path, state: _State) -> None:
     with atomic_path(folder / "history.csv") as temporary:
         pd.DataFrame(state.history).to_csv(temporary, index=False)
+
+
+def _read_history(path: Path) -> pd.DataFrame:
+    """Return the learning curve of a finished run, to the last bit."""
+    try:
+        # numbers as Python reads them, which is exact
+        history = pd.read_csv(path, dtype=str).astype(float)
+        missing = {"epoch", "validation_score"} - set(history)
+        problem = f"it has no {', '.join(sorted(missing))}" if missing else "" if len(history) else "it has no rows"
+    except FileNotFoundError:
+        problem = "it does not exist"
+    except ValueError as error:  # of pandas, too
+        problem = str(error)
+    if problem:
+        raise DataError(f"{path} is not the learning curve of the finished run beside it: {problem}")
+    return history
+
+
+def _without_result(error: ModelError, folder: Path | None, state: _State) -> ModelError:
+    """Return the error of a training that diverged, with what is kept of it: the curve, no model."""
+    if folder is None:
+        return error
+    if state.history:
+        _save_history(folder, state)
+    return ModelError(f"{error}; {folder} holds no finished run, so choose another run_dir or delete this one")
+
+
+class _Kept:
+    """The state after the last whole epoch, apart from the one that the training changes."""
+
+    def __init__(self, wanted: bool) -> None:
+        self._wanted = wanted
+        self.state: _State | None = None
+
+    def __call__(self, state: _State) -> None:
+        """Keep a state, if anybody can write it down."""
+        if self._wanted:
+            # a new one every time: an interrupt in the midst of copying leaves the one before
+            self.state = state.copy()
+
+
+@contextmanager
+def _kept_on_interrupt(folder: Path | None, config: FinetuneConfig, run_id: str) -> Iterator[_Kept]:
+    """Save the last whole epoch if the block is interrupted, or loses contact to its other processes."""
+    keep = _Kept(folder is not None)
+    with heeded():
+        try:
+            yield keep
+        except (KeyboardInterrupt, ContactError) as error:
+            whole = keep.state
+            if folder is not None and whole is not None and whole.epoch and not _has_model(folder):
+                with undisturbed():
+                    _save_state(folder, whole, run_id)
+            if isinstance(error, ContactError):
+                raise
+            raise interrupted(error, _how_to_go_on(folder, whole, config)) from None
+
+
+def _has_model(folder: Path) -> bool:
+    return (folder / "model.safetensors").exists()
+
+
+def _how_to_go_on(folder: Path | None, whole: _State | None, config: FinetuneConfig) -> str:
+    if folder is None:
+        return "interrupted: a training without a run_dir keeps nothing, the same call begins anew"
+    if _has_model(folder):
+        return f"interrupted: the training had ended and is kept in {folder}, the same call goes on from there"
+    if whole is None and (folder / "state.safetensors").exists():
+        return f"interrupted before {folder} went on: it is as it was, the same call goes on from there"
+    if whole is None or whole.epoch == 0:
+        return f"interrupted in the first epoch of {config.epochs}: nothing is kept yet, the same call begins anew"
+    return (
+        f"interrupted after epoch {whole.epoch} of {config.epochs}, which is kept in {folder}: "
+        "the same call, or the same command, goes on from there"
+    )
 
 
 def _scalars(state: _State) -> dict[str, Any]:
@@ -792,11 +968,24 @@ def _load_state(path: Path, run_id: str) -> _State:
     return _State(tensors=tensors, **metadata["state"])
 
 
-def _bar(progress: bool | None, total: int, name: str) -> tqdm[Any]:
-    """Return a progress bar, silent unless somebody watches."""
+def _bar(progress: bool | None, total: int, name: str, delay: float = 0.0) -> tqdm[Any]:
+    """Return a progress bar, silent unless somebody watches; with a delay, not there before the first step."""
     if progress is None:
-        progress = sys.stderr.isatty()
-    return tqdm(total=total, desc=name, disable=not progress, leave=False)
+        progress = _is_watched()
+    return tqdm(total=total, desc=name, disable=not progress, leave=False, delay=delay)
+
+
+def _is_watched() -> bool:
+    """Tell whether there is a terminal, or a notebook that somebody has open."""
+    if sys.stderr.isatty():
+        return True
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    kernel = getattr(shell, "kernel", None)
+    if kernel is None:
+        return False
+    # every request to run a cell says whether somebody is there to answer questions; headless runs (papermill,
+    # nbconvert, nbval) say that nobody is, whatever they were started from
+    return bool(kernel.get_parent().get("content", {}).get("allow_stdin", False))
 
 
 @contextmanager
