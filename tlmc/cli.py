@@ -676,7 +676,7 @@ def sweep_plan(
     """
     from tlmc.sweeps import parameters_file, plan
 
-    folder = output or reports_dir() / "sweeps" / description.stem
+    folder = (output or reports_dir() / "sweeps" / description.stem).resolve()
     for name in plan(description, folder):
         out.print(str(parameters_file(folder, name)), soft_wrap=True)
 
@@ -689,7 +689,8 @@ def sweep_run(
 ) -> None:
     """Carry out one run: execute the notebook 10_single_run, leave metrics.json.
 
-    A training that was interrupted goes on from its last epoch.
+    A training that was interrupted goes on from its last epoch. The folder must be new, empty, or this run's own; when
+    parameters, data or code have changed, the files that the run wrote there before are removed, and no others.
 
     [bold]Example[/bold]
 
@@ -711,17 +712,13 @@ def sweep_collect(folder: Annotated[Path, typer.Argument(help="Folder of the swe
     tlmc sweep collect my-sweep
     """
     from tlmc.evaluation.records import append_records, comparison_table
-    from tlmc.sweeps import collect
+    from tlmc.sweeps import collect, write_table
 
     state = collect(folder)
-    target = folder / ("unfinished.csv" if state.failed or state.waiting else "table.csv")
     if state.finished:
         append_records(state.records)
-        with atomic_path(target) as temporary:
-            comparison_table(state.records).to_csv(temporary, index=False)
+        target = write_table(comparison_table(state.records), folder, not (state.failed or state.waiting))
         out.print(f"{len(state.finished)} runs finished: {target}", soft_wrap=True)
-    if target.name == "table.csv":
-        (folder / "unfinished.csv").unlink(missing_ok=True)
     for name, sentence in state.failed.items():
         err.print(f"[red]failed: {name}: {escape(sentence)}[/red]", soft_wrap=True)
     for name in state.waiting:

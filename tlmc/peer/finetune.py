@@ -23,7 +23,7 @@ from tlmc.errors import ConfigError, ModelError, problems_of
 from tlmc.evaluation.comparison import Stage
 from tlmc.evaluation.metrics import as_json, evaluate
 from tlmc.evaluation.records import append_records, rows_from_metrics
-from tlmc.files import atomic_path, write_json
+from tlmc.files import atomic_path, claim, write_json
 from tlmc.labelled import Dataset
 from tlmc.paths import reports_dir
 from tlmc.peer.sevennet import NAME, SevenNet, answer, load_sevennet, make_graph, predict, predict_graphs
@@ -290,14 +290,15 @@ def _describe(model: SevenNet, dataset: Dataset, split: Split, config: PeerConfi
 
 def _claim(folder: Path, description: dict[str, Any], split: Split) -> None:
     """Write the description of a run into its folder, or check that the one there is the same."""
+    claim(folder, ["run.json"], "a run")
     path = folder / "run.json"
     if path.exists():
         if json.loads(path.read_text(encoding="utf-8")) != description:
             raise ConfigError(f"{folder} holds another run, see run.json there: choose another folder or delete this")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "split.json", split.to_json())
-    write_json(path, description)
+    else:
+        write_json(path, description)
+    if not (folder / "split.json").exists():
+        write_json(folder / "split.json", split.to_json())
 
 
 def _save(folder: Path, state: _State, run_id: str) -> None:

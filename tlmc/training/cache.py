@@ -11,6 +11,7 @@ layout is particular to AEVs, so columns of another local descriptor can follow 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -19,6 +20,7 @@ import logging
 import math
 import mmap
 import os
+import re
 import resource
 import shutil
 import tempfile
@@ -44,6 +46,8 @@ LAYOUT_VERSION = 2
 DEFAULT_LIMIT_GB = 10.0
 """Size of all descriptor caches together beyond which the oldest are removed; ``TLMC_CACHE_GB`` sets another."""
 _LOG = logging.getLogger(__name__)
+_NAME = "[0-9a-f]{32}"
+"""What :func:`_key` returns, by which a cache is known: the folder may hold somebody's own files, too."""
 _ARRAYS = {
     "G": None,
     "values": None,
@@ -224,7 +228,7 @@ def build_cache(
         partial = Path(tempfile.mkdtemp(dir=folder, prefix=".partial-"))
         try:
             _write(partial, model, frames, species, dtype, report)
-            shutil.rmtree(target, ignore_errors=True)
+            _remove(target)
             partial.rename(target)
         except OSError as error:
             if error.errno == errno.ENOSPC:
@@ -249,7 +253,7 @@ def _evict(folder: Path, keep: Path) -> None:
     except ValueError as error:
         raise ConfigError(f"TLMC_CACHE_GB must be a number of gigabytes, got {given!r}") from error
     # whatever was once a cache counts, of older layouts too; a build in progress has a name with a dot
-    caches = (path.parent for path in folder.glob("[!.]*/meta.json"))
+    caches = (path.parent for path in folder.glob("*/meta.json") if re.fullmatch(_NAME, path.parent.name))
     by_age = sorted(caches, key=lambda path: path.stat().st_mtime)
     sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in by_age}
     for path in by_age:
@@ -261,7 +265,15 @@ def _evict(folder: Path, keep: Path) -> None:
                 limit / 1e9,
             )
             # a process that still reads it keeps its maps until it ends
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+
+
+def _remove(cache: Path) -> None:
+    """Remove the files of a cache, and its folder unless somebody keeps other files there."""
+    for path in [cache / "meta.json", *cache.glob("*.bin")]:
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        cache.rmdir()
 
 
 def _key(model: Potential, frames: Sequence[Atoms], species: Sequence[Tensor], dtype: torch.dtype) -> str:

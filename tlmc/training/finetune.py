@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from tlmc.descriptors.enrichment import Compression, fit_enrichment
 from tlmc.errors import ConfigError, DataError, ModelError, problems_of
-from tlmc.files import atomic_path, write_json
+from tlmc.files import atomic_path, claim, write_json
 from tlmc.labelled import Dataset
 from tlmc.potentials.model import Potential
 from tlmc.potentials.transfer import enrich, first_members, scratch, trainable_layers
@@ -260,8 +260,8 @@ def finetune(
     DataError
         If the split does not belong to the data set.
     ConfigError
-        If `run_dir` holds a run with other settings or data, TensorBoard is asked for but missing, there is no such
-        device, or the processes of a group differ in what they were given.
+        If `run_dir` holds a run with other settings or data, or files but no run, TensorBoard is asked for but missing,
+        there is no such device, or the processes of a group differ in what they were given.
     """
     config = config or FinetuneConfig()
     group = group or Group(device=find_device(device))
@@ -739,11 +739,11 @@ def _weights_hash(model: Potential) -> str:
 
 def _claim(folder: Path, description: dict[str, Any], split: Split) -> None:
     """Write the description of a run into its folder, or check that the one there is the same."""
-    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder, ["run.json"], "a run")
     path = folder / "run.json"
     if not path.exists():
-        write_json(folder / "split.json", split.to_json())
         write_json(path, description)
+        write_json(folder / "split.json", split.to_json())
         return
     try:
         there = json.loads(path.read_text())
@@ -754,6 +754,8 @@ def _claim(folder: Path, description: dict[str, Any], split: Split) -> None:
     if different:
         listed = ", ".join(f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} now)" for key in different[:4])
         raise ConfigError(f"{folder} holds another run: {listed}; choose another run_dir or delete this one")
+    if not (folder / "split.json").exists():
+        write_json(folder / "split.json", split.to_json())  # killed in between
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
