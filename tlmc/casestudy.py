@@ -6,6 +6,7 @@ embedded sets do as well. All trainings leave their folder under ``reports/runs`
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -611,7 +612,13 @@ def write_results(
     -------
     DataFrame
         The table of errors (:func:`error_table`).
+
+    Raises
+    ------
+    ConfigError
+        If the prefix is no file name, or ``metrics/<prefix>.json`` is of something else; nothing has been trained then.
     """
+    _check_prefix(prefix)
     tables, figures = reports_dir() / "tables", dict[str, Figure | SubFigure]()
     experiments = case.each()
     errors = error_table(experiments)
@@ -646,6 +653,20 @@ def write_results(
         plt.close(whole)
     write_json(reports_dir() / "metrics" / f"{prefix}.json", _provenance(case, experiments))
     return errors
+
+
+def _check_prefix(prefix: str) -> None:
+    """Refuse a begin of file names that leads to another folder, or to the files of something else."""
+    if not re.fullmatch(r"\w[\w.-]*", prefix):
+        raise ConfigError(f"the name of a case study begins its files and must be letters, digits, '_', '-', '.': {prefix!r}")
+    target = reports_dir() / "metrics" / f"{prefix}.json"
+    try:
+        content = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {"crystals": []}
+    except json.JSONDecodeError:
+        content = None
+    reserved = prefix == "summary" or prefix.isdigit() or prefix.startswith("study_")
+    if reserved or not (isinstance(content, dict) and "crystals" in content):
+        raise ConfigError(f"{target} is not of a case study, which would replace it: give the case study another name")
 
 
 def _provenance(case: CaseStudy, experiments: Mapping[Case, Experiment]) -> dict[str, Any]:

@@ -404,6 +404,8 @@ def evaluate(
     from tlmc.evaluation.records import append_records, rows_from_metrics
     from tlmc.potentials.calculator import predict
 
+    if output is not None:
+        _check_evaluation(output)
     if study_name and split is None:
         raise ConfigError("--record needs the --split of a run, which says what the model was trained on")
     data, potential = _load(dataset, energy_key, forces_key, units), _model(model, mapped, borrow)
@@ -443,7 +445,7 @@ def average(
 ) -> None:
     """Write the mean of several fine-tuned models as one model, to be used like any other.
 
-    Models with other columns err in part independently, so that their mean is often better than either; it costs as
+    An output file that exists must be such a mean; it is replaced. Models with other columns err in part independently, so that their mean is often better than either; it costs as
     much as both.
 
     [bold]Examples[/bold]
@@ -458,6 +460,8 @@ def average(
 
     if output.suffix != ".safetensors":
         raise ConfigError(f"{output} must end in .safetensors, so that it is known as a model file")
+    if output.exists() and "mean_of" not in load_model(output)[1]:
+        raise ConfigError(f"{output} is no mean of models, and would be replaced: name another file")
     mean = mean_of([load_model(model)[0] for model in models])
     save_model(mean, output, {"mean_of": {model: sha256_file(Path(model)) for model in models}})
     out.print(f"mean of {len(models)} models, {mean.members} members: {output}", soft_wrap=True)
@@ -761,6 +765,20 @@ def _model(name: str, mapped: list[str] | None, borrow: Literal["relabel", "exte
     else:
         model = load_start_model(cast(StartModelName, name))
     return with_elements(model, _pairs(mapped, "--map"), borrow)
+
+
+def _check_evaluation(output: Path) -> None:
+    """Refuse a folder in which an evaluation would replace other files, those of a run for instance."""
+    metrics, table = output / "metrics.json", output / "per_frame.csv"
+    if metrics.is_file():
+        try:
+            content = json.loads(metrics.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:
+            content = None
+        if not (isinstance(content, dict) and "offset_refitted" in content):
+            raise ConfigError(f"{metrics} is not of tlmc evaluate, which would replace it: name another --output folder")
+    elif table.exists():
+        raise ConfigError(f"{table} is not of tlmc evaluate, which would replace it: name another --output folder")
 
 
 def _weights_id(model: str) -> str:

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from tlmc.checks import and_others, check_dataset
 from tlmc.downloads import describe, first_to_answer
 from tlmc.errors import DataError
-from tlmc.files import sha256_file
+from tlmc.files import listed, sha256_file
 from tlmc.labelled import Dataset
 from tlmc.paths import PACKAGE_DIR, cache_dir, data_dir, mirror_dir
 from tlmc.units import BOHR, HARTREE, KCAL_PER_MOL
@@ -324,7 +324,7 @@ def _embedded() -> dict[str, Path]:
         return {}
     found: dict[str, Path] = {}
     for suffix in _EMBEDDED_SUFFIXES:
-        for path in sorted(folder.glob(f"*{suffix}")):
+        for path in listed(folder, f"*{suffix}"):
             name = path.name.removesuffix(suffix)
             if name in found:
                 raise DataError(f"{folder}: {found[name].name} and {path.name} are both called {name}: keep one")

@@ -84,15 +84,14 @@ def label(
     Raises
     ------
     ConfigError
-        If the calculator cannot be set up or lacks a property.
+        If the calculator cannot be set up or lacks a property, or `target` exists and was not labelled here.
     DataError
         If there are no frames, all of them fail, or a process dies.
     """
     target = Path(target)
     if not frames:
         raise DataError(f"no frames to label for {target}")
-    folder = (work or target.with_name(target.name + ".parts")).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = work_folder(target, work)
     geometries = [rounded(frame) for frame in frames]
     digests = [work_key(geometry, method.name) for geometry in geometries]
     # equal geometries are computed once
@@ -133,6 +132,21 @@ def label(
     )
     logger.info("%s: %d frames labelled, %d failed", target, report.labelled, len(failed))
     return report
+
+
+def work_folder(target: Path, work: Path | None = None) -> Path:
+    """Make the folder that keeps labels while a file is made.
+
+    Raises
+    ------
+    ConfigError
+        If the file exists and there is no such folder beside it: nobody has labelled it here.
+    """
+    folder = (work or target.with_name(target.name + ".parts")).resolve()
+    if target.exists() and not folder.is_dir():
+        raise ConfigError(f"{target} exists, was not labelled here, and would be replaced: name another file")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @dataclass(frozen=True)

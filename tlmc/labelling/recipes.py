@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ase import Atoms
 
 from tlmc.errors import ConfigError
-from tlmc.labelling.labels import LabelReport, label
+from tlmc.labelling.labels import LabelReport, label, work_folder
 from tlmc.labelling.methods import Method, method
 from tlmc.labelling.molecules import isolated_molecules, make_whole
 from tlmc.labelling.packings import Packings, pack
@@ -192,8 +192,7 @@ def build(
             raise ConfigError(f"unknown recipe {recipe!r}; known are {', '.join(RECIPES)}")
         recipe = RECIPES[recipe]
     target = Path(target)
-    folder = (work or target.with_name(target.name + ".parts")).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = work_folder(target, work)
     labels, sampler = method(recipe.method), method(recipe.sampler)
     starts, discarded = _starts(recipe, labels, sampler, processes, folder)
     frames: list[Atoms] = []
