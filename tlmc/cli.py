@@ -401,14 +401,16 @@ def evaluate(
     from tlmc.evaluation import per_frame
     from tlmc.evaluation.comparison import refit_offset
     from tlmc.evaluation.metrics import as_json
-    from tlmc.evaluation.records import append_records, rows_from_metrics
+    from tlmc.evaluation.records import UNKNOWN, append_records, identity, rows_from_metrics
     from tlmc.potentials.calculator import predict
+    from tlmc.training.finetune import start_hash
 
     if output is not None:
         _check_evaluation(output)
     if study_name and split is None:
         raise ConfigError("--record needs the --split of a run, which says what the model was trained on")
     data, potential = _load(dataset, energy_key, forces_key, units), _model(model, mapped, borrow)
+    start = start_hash(potential)  # of a published model; what a fine-tuned one began with, its file does not say
     if crystals_only:
         data = data.crystals()
     chosen, fitted_on = data, data
@@ -428,6 +430,7 @@ def evaluate(
         rows = rows_from_metrics(
             metrics, study=study_name, dataset=data.name, start_model=potential.name, recipe=label or Path(model).stem,
             seed=parts.seed, split=part, n_train=len(parts.train), run_id=_weights_id(model),
+            identity=identity(data, parts, part, UNKNOWN if Path(model).is_file() else start),
         )  # fmt: skip
         append_records(rows)
     table = Table(title=f"{model} on {len(chosen)} frames of {data.name}")
@@ -445,8 +448,8 @@ def average(
 ) -> None:
     """Write the mean of several fine-tuned models as one model, to be used like any other.
 
-    An output file that exists must be such a mean; it is replaced. Models with other columns err in part independently, so that their mean is often better than either; it costs as
-    much as both.
+    Models with other columns err in part independently, so that their mean is often better than either; it costs as
+    much as both. An output file that exists is replaced if it is such a mean.
 
     [bold]Examples[/bold]
 
@@ -715,13 +718,14 @@ def sweep_collect(folder: Annotated[Path, typer.Argument(help="Folder of the swe
 
     tlmc sweep collect my-sweep
     """
-    from tlmc.evaluation.records import append_records, comparison_table
+    from tlmc.evaluation.records import append_records, comparison_table, told_apart
     from tlmc.sweeps import collect, write_table
 
     state = collect(folder)
     if state.finished:
         append_records(state.records)
-        target = write_table(comparison_table(state.records), folder, not (state.failed or state.waiting))
+        table = comparison_table(told_apart(state.records))
+        target = write_table(table, folder, not (state.failed or state.waiting))
         out.print(f"{len(state.finished)} runs finished: {target}", soft_wrap=True)
     for name, sentence in state.failed.items():
         err.print(f"[red]failed: {name}: {escape(sentence)}[/red]", soft_wrap=True)
@@ -776,7 +780,9 @@ def _check_evaluation(output: Path) -> None:
         except json.JSONDecodeError:
             content = None
         if not (isinstance(content, dict) and "offset_refitted" in content):
-            raise ConfigError(f"{metrics} is not of tlmc evaluate, which would replace it: name another --output folder")
+            raise ConfigError(
+                f"{metrics} is not of tlmc evaluate, which would replace it: name another --output folder"
+            )
     elif table.exists():
         raise ConfigError(f"{table} is not of tlmc evaluate, which would replace it: name another --output folder")
 

@@ -11,8 +11,9 @@ gathers the results and names the runs that failed. A sweep's folder holds ::
     results/<run>/written_by_tlmc.txt  the files that the run wrote
     results/<run>/                 the executed notebook, figures, model and state of the training
 
-Only files that are known to come from here are removed or replaced: those of ``written_by_tlmc.txt``, and parameters files that
-are as they were planned. Nothing here knows who calls it: the ``Snakefile`` calls it for one core, a Slurm cluster or Kubernetes alike.
+Only files that are known to come from here are removed or replaced: those of ``written_by_tlmc.txt``, and parameters
+files that are as they were planned. Nothing here knows who calls it: the ``Snakefile`` calls it for one core, a Slurm
+cluster or Kubernetes alike.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import itertools
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tlmc.datasets import available, local_file
 from tlmc.errors import ConfigError, DataError, StudyError, problems_of
-from tlmc.evaluation.records import CELL, COLUMNS, read_records
+from tlmc.evaluation.records import CELL, COLUMNS, IDENTITY, UNKNOWN, read_records
 from tlmc.files import WRITTEN_LIST, claim, listed, note_written, sha256_file, write_json, write_text
 from tlmc.outcomes import metrics_file, read_metrics
 from tlmc.paths import project_root
@@ -95,7 +96,8 @@ def read_sweep(description: Path) -> tuple[str, list[Run]]:
     Raises
     ------
     ConfigError
-        If the file is not a description, or a run of it has an unknown or wrong field or setting.
+        If the file is not a description, a run of it has an unknown or wrong field or setting, or two different runs
+        have one name.
     DataError
         If a data set is neither a known name nor a file; files are looked for from the description's folder.
     """
@@ -113,7 +115,24 @@ def read_sweep(description: Path) -> tuple[str, list[Run]]:
                 path = local_file(run.dataset)  # its sentence has the nearest names
             run = run.model_copy(update={"dataset": str(path and path.resolve())})
         runs[run.slug] = run
+    _check_names(list(runs.values()), description)
     return sweep.study, list(runs.values())
+
+
+def _check_names(runs: Sequence[Run], description: Path) -> None:
+    """Refuse runs that tables could not tell apart."""
+    names: dict[tuple[Any, ...], Run] = {}
+    for run in runs:
+        other = names.setdefault((run.dataset, run.start_model, run.name, run.n_train, run.seed), run)
+        if other is not run:
+            ours, theirs = run.model_dump(), other.model_dump()
+            different = ", ".join(
+                f"{key} ({theirs[key]!r}, {ours[key]!r})" for key in ours if key != "label" and ours[key] != theirs[key]
+            )
+            raise ConfigError(
+                f"{description}: two runs on {run.dataset} are both called {run.name!r}, seed {run.seed}, and differ "
+                f"in {different or 'nothing but the label'}: give them labels of their own"
+            )
 
 
 def parameters_of(run: Run, study: str) -> dict[str, Parameter]:
@@ -274,7 +293,8 @@ def collect(folder: Path) -> Collected:
         else:
             waiting.append(name)
     # every run tells the errors of its start model: those of one split are one result
-    records = pd.DataFrame(rows, columns=list(COLUMNS)).drop_duplicates([*CELL, "quantity"], keep="last")
+    records = pd.DataFrame(rows, columns=list(COLUMNS)).fillna(dict.fromkeys(IDENTITY, UNKNOWN))
+    records = records.drop_duplicates([*CELL, "quantity"], keep="last")
     return Collected(tuple(finished), failed, tuple(waiting), records.reset_index(drop=True))
 
 
@@ -294,7 +314,7 @@ def write_table(table: pd.DataFrame, folder: Path, complete: bool) -> Path:
         if path.is_file():
             with path.open(encoding="utf-8", errors="replace") as stream:
                 if stream.readline().strip().split(",")[:3] != heading.split(",")[:3]:
-                    raise ConfigError(f"{path} is not the table of a sweep: move it, or plan the sweep in another folder")
+                    raise ConfigError(f"{path} is not the table of a sweep: move it, or plan the sweep elsewhere")
     target = folder / _TABLES[0 if complete else 1]
     write_text(target, table.to_csv(index=False))
     if complete:

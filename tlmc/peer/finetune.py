@@ -22,7 +22,7 @@ from torch import Tensor
 from tlmc.errors import ConfigError, ModelError, problems_of
 from tlmc.evaluation.comparison import Stage
 from tlmc.evaluation.metrics import as_json, evaluate
-from tlmc.evaluation.records import append_records, rows_from_metrics
+from tlmc.evaluation.records import append_records, identity, rows_from_metrics
 from tlmc.files import atomic_path, claim, write_json
 from tlmc.labelled import Dataset
 from tlmc.paths import reports_dir
@@ -172,6 +172,8 @@ def run_peer(
     }
     write_json(folder / "metrics.json", content)
     if study:
+        start = hashlib.sha256(json.dumps(description["start_model"], sort_keys=True).encode()).hexdigest()[:12]
+        frames = identity(dataset, split, "test", start)
         append_records(
             row
             for recipe, stage in stages.items()
@@ -185,6 +187,7 @@ def run_peer(
                 split="test",
                 n_train=len(split.train),
                 run_id=run_id,
+                identity=frames,
             )
         )
     return PeerExperiment(dataset, split, stages, history, folder)

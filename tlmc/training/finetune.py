@@ -670,6 +670,11 @@ def run_name(model: Potential, dataset: Dataset, split: Split, config: FinetuneC
     return f"{data}-{model.name}-{config.recipe}-{config.seed}-{_hash(_describe(model, dataset, split, config))}"
 
 
+def start_hash(model: Potential) -> str:
+    """Return a hash of a start model: name, weights and borrowed elements."""
+    return _hash(_describe_start(model))
+
+
 def _hash(description: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -708,16 +713,20 @@ def _describe(model: Potential, dataset: Dataset, split: Split, config: Finetune
     """Return everything that decides the result, as JSON."""
     digest = hashlib.sha256(json.dumps(split.to_json(), sort_keys=True).encode())
     return {
-        "start_model": {
-            "name": model.name,
-            "fingerprint": model.fingerprint,
-            "element_map": model.element_map,
-            "weights": _weights_hash(model),
-        },
+        "start_model": _describe_start(model),
         "data": {"name": dataset.name, "hash": dataset.hash, "frames": len(dataset)},
         "split": {"hash": digest.hexdigest(), "train": len(split.train), "validation": len(split.validation)},
         # settings that came later stay out where they change nothing, so that runs made before go on
         "config": config.model_dump(exclude=_later_settings(config)),
+    }
+
+
+def _describe_start(model: Potential) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "fingerprint": model.fingerprint,
+        "element_map": model.element_map,
+        "weights": _weights_hash(model),
     }
 
 
