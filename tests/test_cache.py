@@ -125,6 +125,20 @@ def test_oldest_caches_make_room(tmp_path, monkeypatch):
     assert not second.exists()
 
 
+def test_files_of_others_are_not_evicted(tmp_path, monkeypatch):
+    mine = [tmp_path / "mine" / "meta.json", tmp_path / "mine" / "values.bin"]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    first = build_cache(toy_potential(), [small_cell()], torch.float32, tmp_path).folder
+    (first / "notes.txt").write_text("mine")
+    monkeypatch.setenv("TLMC_CACHE_GB", "0")
+    build_cache(toy_potential(), frames(), torch.float32, tmp_path)
+    assert [path.read_text() for path in [*mine, first / "notes.txt"]] == ["mine"] * 3
+    assert not (first / "meta.json").exists()
+    assert not list(first.glob("*.bin"))
+
+
 def test_progress_counts_frames(tmp_path):
     seen = []
     build_cache(toy_potential(), frames(), torch.float32, tmp_path, seen.append)
