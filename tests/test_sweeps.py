@@ -387,6 +387,22 @@ class TestRun:
 
         return file, carry_out
 
+    def test_the_result_belongs_to_the_plan(self, planned, tmp_path):
+        content = json.loads(planned[1](tmp_path / "results").read_text())
+        digest = sweeps.inputs_hash(yaml.safe_load(planned[0].read_text()))
+        assert content["inputs"] == digest
+        assert (tmp_path / "results" / "inputs.txt").read_text() == f"{digest}\n"
+
+    def test_a_file_of_data_is_found_from_the_folder_of_the_notebook(self, planned, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        write_text(tmp_path / "mine.extxyz", "")
+        write_text(tmp_path / "mine.yml", "dataset: mine.extxyz\n")
+        seen = []
+        monkeypatch.setattr(sweeps, "execute_notebook", lambda step, *_: seen.append(step.changes["dataset"]) or 1.0)
+        with pytest.raises(FileNotFoundError):  # no metrics
+            sweeps.carry_out(Path("mine.yml"), Path("results"))
+        assert seen == [str(tmp_path / "mine.extxyz")]
+
     @pytest.mark.parametrize("folder", [".", "sub/..", "sub"])
     def test_a_folder_with_files_of_others_is_refused(self, planned, tmp_path, monkeypatch, folder):
         mine = [tmp_path / "own" / name for name in ("thesis.tex", "sub/data.csv", "metrics.json", "inputs.txt")]

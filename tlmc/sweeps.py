@@ -227,9 +227,11 @@ def carry_out(parameters: Path, folder: Path, device: str = "cpu") -> Path:
     # the kernel works in the notebook's folder
     parameters, folder = parameters.resolve(), folder.resolve()
     step = read_step(_notebook(), parameters)
-    file = local_file(str(step.parameters["dataset"]))
-    if file is not None:
-        step = replace(step, changes=step.changes | {"dataset": str(file.resolve())})
+    dataset = str(step.parameters["dataset"])
+    if dataset not in available():
+        file = local_file(dataset)
+        dataset = str(file and file.resolve())
+    step = replace(step, changes=step.changes | {"dataset": dataset})
     digest = inputs_hash(step.changes)
     begun = folder / "inputs.txt"
     claim(folder, [_WRITTEN], "a run of a sweep")
