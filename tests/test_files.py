@@ -37,4 +37,7 @@ def test_new_files_are_noted_and_those_that_are_there_are_not(tmp_path, monkeypa
     write_text(tmp_path / "mine.txt", "b")
     write_text(tmp_path / "sub" / "new.txt", "c")
     write_text(tmp_path / "sub" / "new.txt", "d")
+    monkeypatch.setenv(WRITTEN_LIST, str(tmp_path / "sub" / "list"))
+    write_text(tmp_path / "cache.txt", "e")
     assert (tmp_path / "list").read_text() == "sub/new.txt\n"
+    assert not (tmp_path / "sub" / "list").exists()

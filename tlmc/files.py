@@ -43,14 +43,16 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
 
 
 def note_written(target: Path) -> None:
-    """Add a file that is about to be written to the list that :data:`WRITTEN_LIST` names, if it names one.
+    """Add a file that is about to be written to the list that :data:`WRITTEN_LIST` names, if it lies beside or below it.
 
     A file that is there already is not added: it stands there, or is somebody else's.
     """
     notes = os.environ.get(WRITTEN_LIST)
     if notes and not target.exists():
-        with open(notes, "a", encoding="utf-8") as stream:
-            stream.write(f"{os.path.relpath(target, Path(notes).parent)}\n")
+        name = os.path.relpath(target, Path(notes).parent)
+        if not name.startswith(os.pardir):
+            with open(notes, "a", encoding="utf-8") as stream:
+                stream.write(f"{name}\n")
 
 
 def listed(folder: Path | str, pattern: str) -> list[Path]:
