@@ -151,6 +151,12 @@ class TestAppend:
         assert len(json.loads((tmp_path / "summary.json").read_text())) == len(expected)
         assert {path.name for path in tmp_path.iterdir()} - {".summary.lock"} == {"summary.parquet", "summary.json"}
 
+    def test_a_text_without_its_table_is_not_replaced(self, tmp_path):
+        (tmp_path / "summary.json").write_text("mine")
+        with pytest.raises(DataError, match=r"summary\.json is there without summary\.parquet, and would be replaced"):
+            append_records([row()], tmp_path)
+        assert (tmp_path / "summary.json").read_text() == "mine"
+
     def test_a_lock_that_is_never_freed(self, tmp_path, monkeypatch):
         monkeypatch.setattr(records, "_LOCK_SECONDS", 0.05)
         holder = records.FileLock(tmp_path / ".summary.lock")

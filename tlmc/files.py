@@ -43,7 +43,7 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
 
 
 def note_written(target: Path) -> None:
-    """Add a file that is about to be written to the list that :data:`WRITTEN_LIST` names, if it lies beside or below it.
+    """Add a file that is about to be written to the list that :data:`WRITTEN_LIST` names, if it lies beside or below.
 
     A file that is there already is not added: it stands there, or is somebody else's.
     """

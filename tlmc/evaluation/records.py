@@ -185,8 +185,8 @@ def append_records(rows: Iterable[Mapping[str, Any]] | pd.DataFrame, folder: Pat
     ConfigError
         If a row lacks a column or has an unknown one.
     DataError
-        If a value has the wrong type or is not finite, if the record cannot be read, or if another process holds its
-        lock for a minute.
+        If a value has the wrong type or is not finite, if the record cannot be read or half of it is missing, or if
+        another process holds its lock for a minute.
     """
     if isinstance(rows, pd.DataFrame):
         rows = [{str(name): value for name, value in row.items()} for row in rows.to_dict("records")]
@@ -197,6 +197,11 @@ def append_records(rows: Iterable[Mapping[str, Any]] | pd.DataFrame, folder: Pat
     lock = folder / ".summary.lock"
     try:
         with FileLock(lock, timeout=_LOCK_SECONDS):
+            if not target.exists() and (folder / "summary.json").exists():
+                raise DataError(
+                    f"{folder / 'summary.json'} is there without {target.name}, and would be replaced: bring that back, "
+                    "or move the file away"
+                )
             old = _read(target).to_pylist() if target.exists() else []
             replaced = {_cell(row): row["run_id"] for row in checked}
             kept = [row for row in old if replaced.get(_cell(row), row["run_id"]) == row["run_id"]]
