@@ -199,8 +199,8 @@ def append_records(rows: Iterable[Mapping[str, Any]] | pd.DataFrame, folder: Pat
         with FileLock(lock, timeout=_LOCK_SECONDS):
             if not target.exists() and (folder / "summary.json").exists():
                 raise DataError(
-                    f"{folder / 'summary.json'} is there without {target.name}, and would be replaced: bring that back, "
-                    "or move the file away"
+                    f"{folder / 'summary.json'} is there without {target.name}, and would be replaced: "
+                    "bring that back, or move the file away"
                 )
             old = _read(target).to_pylist() if target.exists() else []
             replaced = {_cell(row): row["run_id"] for row in checked}
