@@ -10,7 +10,8 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install study test test-python test-processors test-notebooks test-cluster lint bench notebooks strip clean
+.PHONY: help install study test test-python test-processors test-notebooks test-cluster lint bench notebooks strip clean \
+	clean-runs
 
 PROFILE ?= laptop
 JOBS ?= 2
@@ -74,10 +75,12 @@ strip: $(STAMP) ## drop run metadata and widget state from the notebooks; output
 	$(PY) -m nbstripout --keep-output --keep-count --extra-keys "metadata.papermill metadata.widgets \
 		metadata.language_info cell.metadata.papermill cell.metadata.execution" notebooks/[0-9]*.ipynb
 
-clean: ## remove caches and runs; .venv, the committed reports and the user's download cache stay
-	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist reports/executed reports/runs
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
-	find notebooks -name .ipynb_checkpoints -prune -exec rm -rf {} +
+clean: ## remove what tools left: caches and builds; runs, reports, .venv and the download cache stay
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	find tlmc tests notebooks -name __pycache__ -prune -exec rm -rf {} +
+
+clean-runs: ## remove executed notebooks and ALL trained models under reports/runs, those of tlmc finetune too
+	rm -rf reports/executed reports/runs
 
 # The first candidate that starts and is new enough; a pyenv shim may exist and yet not start.
 $(PY):

@@ -14,10 +14,11 @@ import os
 import sys
 from pathlib import Path
 
+from tlmc.files import listed
 from tlmc.paths import project_root, reports_dir
 
 DESCRIPTIONS = Path(config.get("sweeps", project_root() / "notebooks" / "sweeps")).resolve()
-NAMES = sorted(path.stem for path in DESCRIPTIONS.glob("*.yml"))
+NAMES = [path.stem for path in listed(DESCRIPTIONS, "*.yml")]
 RESULTS = str(reports_dir() / "sweeps")
 # A storage provider (Kubernetes) wants paths relative to its prefix, the checkout, and hands copies to the jobs; these
 # leave their results in RESULTS all the same, where a second try finds them, and keep() makes the copy that is asked for.

@@ -266,6 +266,18 @@ def test_everything_is_written(case, reports):
     assert set(content["runs"]) == {"27 relabel 0", "33 0"}
 
 
+@pytest.mark.parametrize("prefix", ["summary", "07", "study_laptop", "../elsewhere", "a/b", "theirs", ""])
+def test_names_that_would_replace_other_files_are_refused(case, tmp_path, monkeypatch, prefix):
+    monkeypatch.setenv("TLMC_REPORTS_DIR", str(tmp_path))
+    (tmp_path / "metrics").mkdir()
+    for name in ("summary", "theirs"):
+        (tmp_path / "metrics" / f"{name}.json").write_text("[]")
+    with pytest.raises(ConfigError, match="is not of a case study, which would replace it|begins its files"):
+        casestudy.write_results(case, prefix)
+    assert {path.read_text() for path in (tmp_path / "metrics").iterdir()} == {"[]"}
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.needs_mirror
 def test_public_crystals_renamed_as_the_thesis_names_its_own(tmp_path, monkeypatch, ani2x):
     monkeypatch.setenv("TLMC_REPORTS_DIR", str(tmp_path / "reports"))

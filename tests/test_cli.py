@@ -27,7 +27,8 @@ from typer.testing import CliRunner
 
 from tlmc import cli
 from tlmc.datasets import load_dataset
-from tlmc.evaluation.records import read_records
+from tlmc.errors import DataError
+from tlmc.evaluation.records import comparison_table, read_records
 from tlmc.peer import PeerExperiment
 from tlmc.potentials import scratch
 from tlmc.potentials.calculator import predict
@@ -308,6 +309,12 @@ class TestEvaluate:
         model, metadata = load_model("mean.safetensors")
         assert model.members == 2 * load_model("one/model.safetensors")[0].members
         assert list(metadata["mean_of"]) == ["one/model.safetensors", "two/model.safetensors"]
+        code, _, error = tlmc("-q", "average", "one/model.safetensors", "two/model.safetensors", "-o", start)
+        assert (code, "is no mean of models, and would be replaced" in error) == (2, True)
+        before = Path("one", "metrics.json").read_bytes()
+        code, _, error = tlmc("-q", "evaluate", "mean.safetensors", data, "--output", "one")
+        assert (code, "is not of tlmc evaluate, which would replace it" in error) == (2, True)
+        assert Path("one", "metrics.json").read_bytes() == before
         record = ("--split", "one/split.json", "--part", "validation", "--record", "trial", "--label", "mean")
         assert tlmc("-q", "evaluate", "mean.safetensors", data, *record)[0] == 0
         rows = read_records(data.parent / "reports" / "metrics", study="trial")
@@ -317,6 +324,26 @@ class TestEvaluate:
         assert (code, "--record needs the --split of a run" in error) == (2, True)
         code, _, error = tlmc("-q", "average", "one/model.safetensors", start, "-o", "mean.pt")
         assert (code, "mean.pt must end in .safetensors" in error) == (2, True)
+
+    def test_splits_stand_beside_each_other_on_record_and_are_not_compared(self, tlmc, data, start, monkeypatch):
+        monkeypatch.setenv("TLMC_REPORTS_DIR", str(data.parent / "reports"))
+        for recipe, split in (("short", "random"), ("thesis", "blocks")):
+            named = ("--recipe", recipe, "--split", split, "--record", "trial")
+            assert tlmc("-q", "finetune", data, "--start-model", start, "--epochs", 1, *named)[0] == 0
+        records = read_records(data.parent / "reports" / "metrics", quantity="force_rmse_vector", split="test")
+        assert records["recipe"].value_counts().to_dict() == {
+            "start": 2, "start, offset refitted": 2, "short": 1, "thesis": 1,
+        }  # fmt: skip
+        with pytest.raises(DataError, match=r"as the split under one name differ: study 'trial'.*, random,.*, blocks,"):
+            comparison_table(records)
+
+    def test_a_folder_with_other_files_is_no_run_folder(self, tlmc, data, start):
+        Path("mine").mkdir()
+        for name in ("split.json", "metrics.json", "model.safetensors"):
+            Path("mine", name).write_text("mine")
+        code, _, error = tlmc("-q", "finetune", data, "--start-model", start, "--epochs", 1, "--run-dir", "mine")
+        assert (code, "mine holds files that are not those of a run" in error) == (2, True)
+        assert {path.read_text() for path in Path("mine").iterdir()} == {"mine"}
 
     def test_a_split_of_a_run_on_other_frames_is_refused(self, tlmc, data, start):
         assert tlmc("-q", "finetune", data, "--start-model", start, "--epochs", 1, "--run-dir", "run")[0] == 0

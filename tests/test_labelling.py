@@ -67,6 +67,16 @@ def test_relax_lowers_forces_and_warns_when_it_stops_early(caplog: pytest.LogCap
 # --- labels ---
 
 
+def test_a_file_that_was_not_labelled_here_is_not_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "mine.extxyz"
+    target.write_text("mine")
+    for make in (lambda: label(atoms_in_a_box(1), Method("springs", Make()), target), lambda: build("ethanol", target)):
+        with pytest.raises(ConfigError, match=r"mine\.extxyz exists, was not labelled here, and would be replaced"):
+            make()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.extxyz"]
+    assert target.read_text() == "mine"
+
+
 def test_labels_come_back_as_computed(tmp_path: Path) -> None:
     frames = atoms_in_a_box(3)
     frames[2].pbc = False

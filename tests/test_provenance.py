@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -48,3 +49,29 @@ def test_code_hash_follows_names_and_content(tmp_path, monkeypatch):
     second = provenance.code_hash()
     (tmp_path / "a.py").rename(tmp_path / "b.py")
     assert len({first, second, provenance.code_hash()}) == 3
+
+
+def test_code_hash_sees_files_of_every_kind_but_those_of_tools(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "PACKAGE_DIR", tmp_path)
+    (tmp_path / "training").mkdir()
+    seen = {provenance.code_hash()}
+    for name in ("training/kernels.c", "compiled.h", "registry.json", "report.html", "py.typed"):
+        for text in ("a", "b"):
+            (tmp_path / name).write_text(text)
+            seen.add(provenance.code_hash())
+    assert len(seen) == 11
+    (tmp_path / "__pycache__").mkdir()
+    for name in ("__pycache__/a.cpython-311.pyc", ".kernels.c.swp"):
+        (tmp_path / name).write_text("a")
+    assert provenance.code_hash() in seen
+
+
+def test_code_hash_of_the_package_changes_with_its_c_code(tmp_path, monkeypatch):
+    package = tmp_path / "tlmc"
+    shutil.copytree(provenance.PACKAGE_DIR, package)
+    monkeypatch.setattr(provenance, "PACKAGE_DIR", package)
+    seen = {provenance.code_hash()}
+    for source in (*package.rglob("*.c"), *package.rglob("*.h"), package / "registry.json"):
+        source.write_text(source.read_text() + "\n")
+        seen.add(provenance.code_hash())
+    assert len(seen) >= 5

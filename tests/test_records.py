@@ -4,23 +4,33 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from test_finetune import labelled
 
+from tlmc.datasets import load_dataset
 from tlmc.errors import ConfigError, DataError
 from tlmc.evaluation import records
 from tlmc.evaluation.metrics import Metric
 from tlmc.evaluation.records import (
     COLUMNS,
     append_records,
+    check_comparable,
     comparison_table,
     format_comparison,
+    identity,
     read_records,
     rows_from_metrics,
+    told_apart,
 )
+from tlmc.splits import shrunk, split_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def row(**changes):
@@ -36,7 +46,17 @@ def row(**changes):
         "value": 0.05,
         "n_train": 84,
         "run_id": "a1",
+        "data_hash": "d1",
+        "split_hash": "s1",
+        "split_method": "random",
+        "part_hash": "p1",
+        "start_hash": "m1",
     } | changes
+
+
+def earlier(**changes):
+    """A row as versions wrote it that did not know what it was of."""
+    return {name: value for name, value in row(**changes).items() if name not in records.IDENTITY}
 
 
 class TestAppend:
@@ -73,6 +93,21 @@ class TestAppend:
         read = read_records(tmp_path)
         assert read["run_id"].tolist() == ["later", row()["run_id"]]
         assert read["value"].tolist() == [0.04, 0.05]
+
+    def test_what_says_nothing_of_its_frames_is_kept_until_something_does(self, tmp_path):
+        append_records([earlier(), earlier(seed=1)], tmp_path)
+        assert set(read_records(tmp_path)["data_hash"]) == {records.UNKNOWN}
+        append_records([row(run_id="later", value=0.04)], tmp_path)
+        read = read_records(tmp_path).set_index("seed")
+        assert read["data_hash"].to_dict() == {0: "d1", 1: records.UNKNOWN}
+        assert read.loc[0, "value"] == 0.04
+
+    def test_a_record_of_an_earlier_version_is_read(self, tmp_path):
+        schema = pa.schema([field for field in records.SCHEMA if field.name not in records.IDENTITY])
+        pq.write_table(pa.Table.from_pylist([earlier()], schema=schema), tmp_path / "summary.parquet")
+        assert read_records(tmp_path).to_dict("records") == [row() | dict.fromkeys(records.IDENTITY, "unknown")]
+        append_records([row(seed=1)], tmp_path)
+        assert read_records(tmp_path)["part_hash"].tolist() == ["unknown", "p1"]
 
     def test_order_of_appending_leaves_the_same_files(self, tmp_path):
         rows = [row(seed=seed, recipe=recipe) for seed in (2, 10, 0) for recipe in ("thesis", "short")]
@@ -115,6 +150,12 @@ class TestAppend:
         assert read_records(tmp_path)["seed"].tolist() == expected
         assert len(json.loads((tmp_path / "summary.json").read_text())) == len(expected)
         assert {path.name for path in tmp_path.iterdir()} - {".summary.lock"} == {"summary.parquet", "summary.json"}
+
+    def test_a_text_without_its_table_is_not_replaced(self, tmp_path):
+        (tmp_path / "summary.json").write_text("mine")
+        with pytest.raises(DataError, match=r"summary\.json is there without summary\.parquet, and would be replaced"):
+            append_records([row()], tmp_path)
+        assert (tmp_path / "summary.json").read_text() == "mine"
 
     def test_a_lock_that_is_never_freed(self, tmp_path, monkeypatch):
         monkeypatch.setattr(records, "_LOCK_SECONDS", 0.05)
@@ -278,3 +319,110 @@ class TestComparison:
     def test_text_names_what_differs(self, recorded):
         text = format_comparison(comparison_table(pd.concat([recorded, recorded.assign(dataset="urea", n_train=50)])))
         assert list(text.columns[:3]) == ["dataset", "n_train", "recipe"]
+
+
+def random_and_blocks():
+    """Two recipes and their start models, one on a random split, the other on blocks; three seeds."""
+    rows = []
+    for seed in range(3):
+        for recipe, method, force in (("short", "random", 0.05), ("thesis", "blocks", 0.09)):
+            own = {"seed": seed, "part_hash": f"{method}{seed}", "split_method": method, "run_id": f"{recipe}{seed}"}
+            rows += [
+                row(recipe=recipe, value=force, **own),
+                row(recipe="start, offset refitted", value=force * 9, **own),
+            ]
+    return pd.DataFrame(rows)
+
+
+class TestIdentity:
+    def test_a_split_of_the_same_name_stands_beside_the_other(self, tmp_path):
+        both = random_and_blocks()
+        for method in ("random", "blocks"):
+            append_records(both[both["split_method"] == method], tmp_path)
+        starts = read_records(tmp_path, recipe="start, offset refitted")
+        assert len(starts) == 6
+        assert set(starts["split_method"]) == {"random", "blocks"}
+
+    def test_tables_refuse_to_mix_splits_and_say_how_to_tell_them_apart(self):
+        with pytest.raises(
+            DataError, match="as the split under one name differ: study 'laptop', dataset 'naphthalene'"
+        ) as e:
+            comparison_table(random_and_blocks())
+        sentence = str(e.value)
+        assert "'short' (part_hash random0, random, 84 training frames)" in sentence
+        assert "'thesis' (part_hash blocks0, blocks, 84 training frames)" in sentence
+        assert "--record" in sentence
+        assert "read_records(..., part_hash=...)" in sentence
+
+    def test_data_that_changed_are_not_compared_with_what_they_were(self):
+        rows = [row(), row(recipe="thesis", data_hash="d2", part_hash="p2")]
+        with pytest.raises(DataError, match=r"as the data under one name differ: .*data_hash d1.*data_hash d2"):
+            comparison_table(pd.DataFrame(rows))
+        # and what is not known is not taken for the same
+        with pytest.raises(DataError, match="data_hash unknown"):
+            comparison_table(pd.DataFrame([row(), row(recipe="thesis") | dict.fromkeys(records.IDENTITY, "unknown")]))
+
+    def test_told_apart_they_have_rows_of_their_own(self):
+        table = comparison_table(told_apart(random_and_blocks()))
+        assert table[["dataset", "recipe", "n_seeds"]].to_numpy().tolist() == [
+            ["naphthalene (blocks)", "start, offset refitted", 3],
+            ["naphthalene (blocks)", "thesis", 3],
+            ["naphthalene (random)", "start, offset refitted", 3],
+            ["naphthalene (random)", "short", 3],
+        ]
+        frames = pd.DataFrame([row(), row(recipe="thesis", data_hash="d2", part_hash="p2", split_method="blocks")])
+        assert comparison_table(told_apart(frames))["dataset"].tolist() == [
+            "naphthalene (data d1)",
+            "naphthalene (data d2)",
+        ]
+        same = pd.DataFrame([row(), row(recipe="thesis"), row(recipe="thesis", n_train=20, split_hash="s2")])
+        pd.testing.assert_frame_equal(told_apart(same), same)
+        comparison_table(same)
+
+    def test_start_models_of_one_name(self):
+        starts = [row(recipe="start", n_train=0, value=0.7), row(recipe="start", n_train=0, value=0.7 + 1e-7)]
+        starts[1] |= {"start_hash": "m2"}
+        # borrowed elements that are copied answer as those that are relabelled
+        assert len(comparison_table(pd.DataFrame(starts))) == 1
+        starts[1] |= {"value": 0.8}
+        with pytest.raises(DataError, match=r"several start models of the name ani2xt \(start_hash m1, m2\)"):
+            comparison_table(pd.DataFrame(starts))
+        table = comparison_table(told_apart(pd.DataFrame(starts)))
+        assert table["dataset"].tolist() == ["naphthalene (start m1)", "naphthalene (start m2)"]
+
+    def test_what_an_identity_changes_with(self):
+        data = labelled(20)
+        parts = split_dataset(data)
+        first = identity(data, parts, "test", "m")
+        assert first["data_hash"] == data.hash
+        assert first["split_hash"] == parts.hash
+        fewer = identity(data, shrunk(parts, 5), "test", "m")
+        assert (fewer["part_hash"], fewer["split_method"]) == (first["part_hash"], "random")
+        assert fewer["split_hash"] != first["split_hash"]
+        others = [
+            identity(data, parts, "validation", "m"),
+            identity(data, split_dataset(data, seed=1), "test", "m"),
+            identity(data.subset(range(19, -1, -1)), parts, "test", "m"),
+        ]
+        assert len({first["part_hash"], *(other["part_hash"] for other in others)}) == 4
+
+    def test_the_reference_is_of_the_data_and_splits_of_today(self):
+        """Runs of the committed record and new ones can be compared."""
+        reference = read_records(ROOT / "reports" / "metrics")
+        for name, crystals in (("naphthalene", False), ("27-like", True)):
+            data = load_dataset(name)
+            data = data.crystals() if crystals else data
+            parts = split_dataset(data)
+            rows = reference[(reference["dataset"] == name) & (reference["seed"] == 0) & (reference["split"] == "test")]
+            assert set(rows["data_hash"]) == {data.hash}
+            assert set(rows["part_hash"]) == {identity(data, parts, "test", "")["part_hash"]}
+            assert parts.hash in set(rows["split_hash"])
+
+    def test_every_study_of_the_reference_can_be_compared(self):
+        reference = read_records(ROOT / "reports" / "metrics")
+        assert not (reference["data_hash"] == records.UNKNOWN).any()
+        for _, rows in reference.groupby("study"):
+            comparison_table(rows)
+            assert (told_apart(rows)["dataset"] == rows["dataset"]).all()
+        # notebook 09 sets these beside each other
+        check_comparable(reference[reference["study"].isin(["peer", "public-dft"])], among=["dataset"])

@@ -26,6 +26,16 @@ def test_names_say_what_differs_and_slugs_change_with_everything():
     assert all("/" not in slug and " " not in slug for slug in slugs)
 
 
+def test_names_say_how_the_data_differ():
+    run = Run(dataset="27-like", element_map={"Si": "C"})
+    changes = [{}, {"borrow": "extend"}, {"split": "blocks"}, {"crystals_only": True}, {"element_map": {"Si": "N"}}]
+    names = [run.model_copy(update=change).name for change in changes]
+    assert names[0] == "short, Si=C"
+    assert len(set(names)) == 5
+    assert Run(dataset="a", borrow="extend").name == "short"  # nothing is borrowed
+    assert run.model_copy(update={"label": "mine", "split": "blocks"}).name == "mine"
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -57,13 +67,16 @@ def test_a_run_uses_its_part_of_the_data_and_is_recorded(monkeypatch, tmp_path):
         seed=2,
     )
     experiment = execute(run, study="trial")
+    assert run.name == "short, epochs 1, crystals only, Si=C, I=Cl, extend"
     assert len(experiment.split.train) == 6
     assert experiment.dataset.is_crystal.all()
     assert experiment.result.potential.symbols[-2:] == ("Si", "I")
-    records = read_records(study="trial", quantity="force_rmse_vector").query("recipe == 'short, epochs 1'")
+    records = read_records(study="trial", quantity="force_rmse_vector").query("recipe == @run.name")
     assert sorted(records["split"]) == ["molecules", "test", "validation"]
     assert records[["n_train", "seed"]].drop_duplicates().to_numpy().tolist() == [[6, 2]]
     assert set(records["run_id"]) == {run_id(run)}
+    assert set(records["data_hash"]) == {experiment.dataset.hash}
+    assert set(records["split_hash"]) == {experiment.split.hash}
 
 
 def test_a_run_can_take_the_first_members():

@@ -285,6 +285,53 @@ class TestRun:
             os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
+class TestFolders:
+    def test_a_front_page_or_metrics_of_somebody_are_not_replaced(self, root, tmp_path):
+        for name in ("index.html", "metrics/01.json", "metrics/02.json"):
+            path = tmp_path / "mine" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text('{"my": "page"}')
+            with pytest.raises(ConfigError, match=f"{name} is not of a study, and this one would replace it"):
+                study.run_study("quick", output=tmp_path / "mine")
+            assert path.read_text() == '{"my": "page"}'
+            path.unlink()
+        (tmp_path / "mine" / "letter.txt").write_text("mine")
+        with pytest.raises(ConfigError, match="mine holds files, but none of a study"):
+            study.run_study("quick", output=tmp_path / "mine")
+        with pytest.raises(ConfigError, match=r"letter\.txt is a file, not a folder"):
+            study.run_study("quick", output=tmp_path / "mine" / "letter.txt")
+        assert [path.name for path in (tmp_path / "mine").rglob("*") if path.is_file()] == ["letter.txt"]
+
+    def test_its_own_reports_are_taken_again(self, root, tmp_path):
+        first = study.run_study("quick", ["01"], output=tmp_path / "mine")
+        (tmp_path / "mine" / "letter.txt").write_text("mine")
+        assert study.run_study("quick", output=tmp_path / "mine") == first
+        assert (tmp_path / "mine" / "letter.txt").read_text() == "mine"
+
+    def test_the_environment_is_as_it_was_and_kernels_see_absolute_folders(self, root, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("TLMC_CACHE_DIR", "my-cache")
+        monkeypatch.delenv("TLMC_DATA_DIR", raising=False)
+        monkeypatch.delenv("TLMC_REPORTS_DIR")
+        before = dict(os.environ)
+        with study.kernel_environment(Path("out")):
+            assert os.environ["TLMC_CACHE_DIR"] == str(tmp_path / "my-cache")
+            assert os.environ["TLMC_REPORTS_DIR"] == str(tmp_path / "out")
+            assert "TLMC_DATA_DIR" not in os.environ
+            del os.environ["MPLBACKEND"]
+        assert dict(os.environ) == before
+        with pytest.raises(RuntimeError), study.kernel_environment(Path("out")):
+            raise RuntimeError
+        assert dict(os.environ) == before
+
+    def test_profiles_and_notebooks_that_are_still_being_written_are_none(self, root):
+        (root / "notebooks" / "profiles" / "quick" / ".02_second-x1.yml").write_text("")
+        (root / "notebooks" / "profiles" / ".half").mkdir()
+        (root / "notebooks" / "profiles" / ".half" / "01_first.yml").write_text("")
+        assert [step.name for step in profiles.load_profile("quick").steps] == ["01_first", "02_second"]
+        assert profiles.available_profiles() == ("smoke", "quick")
+
+
 class TestReport:
     def test_front_page_shows_table_figures_and_sources(self, root):
         row = {"study": "quick", "dataset": "urea", "start_model": "ani2xt", "recipe": "short", "seed": 0}

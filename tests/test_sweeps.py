@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from tlmc import cli, potentials, provenance, runs, sweeps
 from tlmc.errors import ConfigError, DataError, StudyError
-from tlmc.evaluation import read_records
+from tlmc.evaluation import append_records, read_records
+from tlmc.files import WRITTEN_LIST, write_json, write_text
 from tlmc.paths import project_root
 from tlmc.profiles import notebook_defaults
 from tlmc.runs import Run
@@ -141,6 +142,18 @@ class TestPlan:
         names = sweeps.plan(description, tmp_path)
         assert sorted(parameters(tmp_path)) == sorted([*names, "mine"])
 
+    def test_a_planned_file_that_was_changed_by_hand_is_neither_replaced_nor_removed(self, description, tmp_path):
+        name = sweeps.plan(description, tmp_path)[-1]
+        path = sweeps.parameters_file(tmp_path, name)
+        path.write_text(path.read_text().replace("seed: 3", "seed: 7"))
+        assert "seed: 7" in path.read_text()
+        before = {file: file.read_text() for file in tmp_path.glob("parameters/*.yml")}
+        with pytest.raises(ConfigError, match=f"{name}.yml is not as it was planned"):
+            sweeps.plan(description, tmp_path)
+        description.write_text(GOOD.replace("[0, 3]", "[0]"))
+        sweeps.plan(description, tmp_path)
+        assert path.read_text() == before[path]
+
     def test_files_change_with_data_and_code(self, description, tmp_path, monkeypatch):
         data = tmp_path / "mine.extxyz"
         data.write_text("one")
@@ -184,6 +197,7 @@ class TestProgramHash:
         assert self.change(tmp_path, monkeypatch, "units.py", "import annotations", "import annotations\nA = 1")
         assert self.change(tmp_path, monkeypatch, "training/kernels.c", "double", "float")
         assert self.change(tmp_path, monkeypatch, "compiled.h", "double", "float")
+        assert self.change(tmp_path, monkeypatch, "registry.json", "fingerprint", "finger")
         assert self.change(tmp_path, monkeypatch, "training/__init__.py", "import annotations", "import division")
 
 
@@ -349,8 +363,121 @@ class TestRun:
             sweeps.carry_out(tmp_path / "b.yml", tmp_path / "results")
         assert not (tmp_path / "results").exists()
 
+    @pytest.fixture
+    def planned(self, description, tmp_path, monkeypatch):
+        """Return a parameters file and a function that carries it out into a folder, without a kernel."""
+        [*names] = sweeps.plan(description, tmp_path / "sweep")
+        program = ["code"]
+        monkeypatch.setattr(sweeps, "_shared_inputs", lambda: {"program": program[0]})
+
+        def execute(step, target, metrics):
+            assert target.is_absolute()
+            assert metrics == Path(os.environ["TLMC_REPORTS_DIR"], "metrics", "10.json")
+            write_json(metrics, {"notebook": "10_single_run"})
+            write_text(target.parent / "runs" / "a" / "state", program[0])
+            append_records([], metrics.parent)
+            return 1.0
+
+        monkeypatch.setattr(sweeps, "execute_notebook", execute)
+        file = sweeps.parameters_file(tmp_path / "sweep", names[0])
+
+        def carry_out(folder, code="code"):
+            program[0] = code
+            return sweeps.carry_out(file, Path(folder))
+
+        return file, carry_out
+
+    def test_the_result_belongs_to_the_plan(self, planned, tmp_path):
+        content = json.loads(planned[1](tmp_path / "results").read_text())
+        digest = sweeps.inputs_hash(yaml.safe_load(planned[0].read_text()))
+        assert content["inputs"] == digest
+        assert (tmp_path / "results" / "inputs.txt").read_text() == f"{digest}\n"
+
+    def test_a_file_of_data_is_found_from_the_folder_of_the_notebook(self, planned, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        write_text(tmp_path / "mine.extxyz", "")
+        write_text(tmp_path / "mine.yml", "dataset: mine.extxyz\n")
+        seen = []
+        monkeypatch.setattr(sweeps, "execute_notebook", lambda step, *_: seen.append(step.changes["dataset"]) or 1.0)
+        with pytest.raises(FileNotFoundError):  # no metrics
+            sweeps.carry_out(Path("mine.yml"), Path("results"))
+        assert seen == [str(tmp_path / "mine.extxyz")]
+
+    @pytest.mark.parametrize("folder", [".", "sub/..", "sub"])
+    def test_a_folder_with_files_of_others_is_refused(self, planned, tmp_path, monkeypatch, folder):
+        mine = [tmp_path / "own" / name for name in ("thesis.tex", "sub/data.csv", "metrics.json", "inputs.txt")]
+        for path in mine:
+            write_text(path, "mine")
+        monkeypatch.chdir(tmp_path / "own")
+        for code in ("code", "other code"):
+            with pytest.raises(ConfigError, match="holds files that are not those of a run of a sweep .*name another"):
+                planned[1](folder, code)
+        assert [path.read_text() for path in mine] == ["mine"] * 4
+
+    def test_what_a_user_adds_stays_when_the_inputs_change(self, planned, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert planned[1]("results") == tmp_path / "results" / "metrics.json"
+        outside = tmp_path / "sweep" / "letter.txt"
+        write_text(outside, "mine")
+        (tmp_path / "results" / "link").symlink_to(tmp_path / "sweep")
+        with (tmp_path / "results" / "written_by_tlmc.txt").open("a") as stream:
+            stream.write("../sweep/letter.txt\nlink/letter.txt\n/etc/hostname\n\n..\n.\n")
+        mine = [tmp_path / "results" / name for name in ("notes.txt", "runs/a/notes.txt", "figures/mine.png")]
+        for path in mine:
+            write_text(path, "mine")
+        stale = tmp_path / "results" / "tables" / "stale.csv"
+        monkeypatch.setenv(WRITTEN_LIST, str(tmp_path / "results" / "written_by_tlmc.txt"))
+        write_text(stale, "of the run")
+        monkeypatch.delenv(WRITTEN_LIST)
+        planned[1]("results")
+        assert stale.exists()
+        planned[1]("results", "other code")
+        assert not stale.parent.exists()
+        assert (tmp_path / "results" / "runs" / "a" / "state").read_text() == "other code"
+        assert [path.read_text() for path in [*mine, outside]] == ["mine"] * 4
+        assert Path("/etc/hostname").exists()
+        assert WRITTEN_LIST not in os.environ
+
+
+class TestNames:
+    def test_runs_that_differ_in_the_data_or_borrowing_have_names_of_their_own(self, description):
+        base = "{dataset: 27-like, element_map: {Si: C, I: Cl}, settings: {epochs: 1}}"
+        description.write_text(
+            f"study: a\nbase: {base}\ngrid: {{borrow: [relabel, extend], split: [random, blocks], "
+            "crystals_only: [true, false]}\n"
+        )
+        assert len({run.name for run in sweeps.read_sweep(description)[1]}) == 8
+
+    def test_labels_that_hide_a_difference_are_refused(self, description, tmp_path):
+        description.write_text(
+            "study: a\nbase: {dataset: 27-like, element_map: {Si: C, I: Cl}, label: mine}\n"
+            "grid: {borrow: [relabel, extend]}\n"
+        )
+        sentence = r"both called 'mine', seed 0, and differ in borrow \('relabel', 'extend'\): give them labels"
+        with pytest.raises(ConfigError, match=sentence):
+            sweeps.plan(description, tmp_path / "sweep")
+        assert not (tmp_path / "sweep").exists()
+
 
 class TestCollect:
+    def test_files_that_are_still_being_written_are_no_runs(self, description, tmp_path):
+        names = sweeps.plan(description, tmp_path)
+        for name in (".half-x1.yml", "mine.yml"):
+            (tmp_path / "parameters" / name).write_text("dataset: a\n")
+        assert sorted(sweeps.collect(tmp_path).waiting) == sorted(names)
+
+    def test_a_table_of_somebody_is_left_alone(self, tmp_path):
+        table = pd.DataFrame({"study": ["a"], "dataset": ["b"], "start_model": ["c"], "recipe": ["d"]})
+        assert sweeps.write_table(table, tmp_path, complete=False).name == "unfinished.csv"
+        assert sweeps.write_table(table, tmp_path, complete=True).name == "table.csv"
+        assert not (tmp_path / "unfinished.csv").exists()
+        for name in ("unfinished.csv", "table.csv"):
+            (tmp_path / name).write_text("x,y\n1,2\n")
+            with pytest.raises(ConfigError, match=f"{name} is not the table of a sweep"):
+                sweeps.write_table(table, tmp_path, complete=True)
+            assert (tmp_path / name).read_text() == "x,y\n1,2\n"
+            (tmp_path / name).unlink()
+
     def test_a_run_that_was_killed_is_a_failed_one(self, description, tmp_path):
         name = sweeps.plan(description, tmp_path)[0]
         code = (

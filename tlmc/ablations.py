@@ -19,7 +19,7 @@ import scipy.stats
 from tlmc.datasets import load_dataset
 from tlmc.errors import ConfigError, DataError
 from tlmc.evaluation.comparison import REFITTED, START
-from tlmc.evaluation.records import read_records
+from tlmc.evaluation.records import check_comparable, one_of_each, read_records
 from tlmc.labelled import Dataset
 from tlmc.potentials.pretrained import load_start_model
 from tlmc.potentials.transfer import THESIS_DONORS
@@ -487,6 +487,8 @@ def _by_seed(name: str, ablation: Ablation, shown: pd.DataFrame) -> tuple[pd.Dat
     shown = _without_other_starts(shown, ablation, baseline)
     if shown.empty:
         raise DataError(f"there are no results of the ablation {name!r} yet")
+    check_comparable(shown)
+    shown = one_of_each(shown)
     keys = ["dataset", "recipe", "seed"]
     double = shown[shown.duplicated([*keys, "split", "quantity"])]
     if not double.empty:

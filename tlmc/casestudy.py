@@ -6,6 +6,7 @@ embedded sets do as well. All trainings leave their folder under ``reports/runs`
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -29,7 +30,7 @@ from tlmc.errors import ConfigError, DataError
 from tlmc.evaluation.comparison import REFITTED, START, refit_offset
 from tlmc.evaluation.metrics import Metric, evaluate
 from tlmc.evaluation.ranking import packing_energies, ranking_table
-from tlmc.evaluation.records import append_records, rows_from_metrics
+from tlmc.evaluation.records import append_records, identity, rows_from_metrics
 from tlmc.experiments import Experiment, run_experiment
 from tlmc.files import write_json, write_text
 from tlmc.labelled import Dataset
@@ -41,7 +42,7 @@ from tlmc.potentials.model import Potential
 from tlmc.potentials.transfer import THESIS_DONORS, Borrowing, with_elements
 from tlmc.provenance import git_revision, package_versions
 from tlmc.splits import Split, shrunk, split_dataset, warn_of_left_out
-from tlmc.training.finetune import FinetuneConfig, FinetuneResult, finetune, recipe, run_name
+from tlmc.training.finetune import FinetuneConfig, FinetuneResult, finetune, recipe, run_name, start_hash
 
 _LOG = logging.getLogger(__name__)
 
@@ -201,7 +202,8 @@ class CaseStudy:
     n_train: int = 0
     """Training frames of each crystal; 0, or more than there are, for the whole training part."""
     study: str = ""
-    """File test errors under this name in ``metrics/summary.parquet``; empty for no record."""
+    """File test errors under this name in ``metrics/summary.parquet``, those with packings left out under the name and
+    ``, packings left out 1 of 2``; empty for no record."""
     progress: bool | None = None
 
     def __post_init__(self) -> None:
@@ -362,23 +364,30 @@ class CaseStudy:
         tuned = _Collected(len(dataset))
         for k in range(n_folds):
             parts = _folded(fold == k, seed)
-            config = self.config(", ".join(filter(None, (way, f"packings left out {k + 1} of {n_folds}"))), seed)
-            experiment = run_experiment(model, dataset, config, split=parts, study=self.study, progress=self.progress)
+            fold_name = f"packings left out {k + 1} of {n_folds}"
+            config = self.config(", ".join(filter(None, (way, fold_name))), seed)
+            # its test part is another one, and so is its study: the two are not to be compared
+            study = self.study and f"{self.study}, {fold_name}"
+            experiment = run_experiment(model, dataset, config, split=parts, study=study, progress=self.progress)
             tuned.add(parts.test, experiment.stages[config.recipe].predictions)
         answers = {START: predict(model, dataset.frames), TUNED: tuned.predictions()}
         return packing_energies(dataset, answers, n_molecules(dataset), groups, "lowest")
 
     def _trained_on(self, crystals: Sequence[Dataset], suffix: str, seed: int) -> tuple[FinetuneResult, int]:
         """Train on the training parts of several crystals; return the result and the number of training frames."""
-        mapping: dict[str, str] = {}
-        for dataset in self.crystals:
-            mapping |= borrowed_elements(self.start, dataset, self.donors)
-        model = with_elements(self.start, mapping, self.borrowings[0])
+        model = self._joint_start()
         union, parts = join(crystals, [self.split(dataset, seed) for dataset in crystals])
         config = self.config(suffix, seed)
         folder = reports_dir() / "runs" / run_name(model, union, parts, config)
         _LOG.info("%s on %s, seed %d", config.recipe, union.name, seed)
         return finetune(model, union, parts, config, folder, progress=self.progress), len(parts.train)
+
+    def _joint_start(self) -> Potential:
+        """Return the start model with the elements of all crystals."""
+        mapping: dict[str, str] = {}
+        for dataset in self.crystals:
+            mapping |= borrowed_elements(self.start, dataset, self.donors)
+        return with_elements(self.start, mapping, self.borrowings[0])
 
     def _judged(self, tuned: FinetuneResult, dataset: Dataset, model: str, n_train: int, seed: int) -> dict[str, Any]:
         """Return the errors of a shared model on the test part of a crystal, and record them."""
@@ -398,6 +407,7 @@ class CaseStudy:
                 split="test",
                 n_train=n_train,
                 run_id=tuned.run_id,
+                identity=identity(dataset, parts, "test", start_hash(self._joint_start())),
             )
             append_records(rows)
         head = {"crystal": short_name(dataset), "seed": seed, "model": model, "n_train": n_train}
@@ -617,7 +627,13 @@ def write_results(
     -------
     DataFrame
         The table of errors (:func:`error_table`).
+
+    Raises
+    ------
+    ConfigError
+        If the prefix is no file name, or ``metrics/<prefix>.json`` is of something else; nothing has been trained then.
     """
+    _check_prefix(prefix)
     tables, figures = reports_dir() / "tables", dict[str, Figure | SubFigure]()
     experiments = case.each()
     errors = error_table(experiments)
@@ -652,6 +668,22 @@ def write_results(
         plt.close(whole)
     write_json(reports_dir() / "metrics" / f"{prefix}.json", _provenance(case, experiments))
     return errors
+
+
+def _check_prefix(prefix: str) -> None:
+    """Refuse a begin of file names that leads to another folder, or to the files of something else."""
+    if not re.fullmatch(r"\w[\w.-]*", prefix):
+        raise ConfigError(
+            f"the name of a case study begins its files and must be letters, digits, '_', '-', '.': {prefix!r}"
+        )
+    target = reports_dir() / "metrics" / f"{prefix}.json"
+    try:
+        content = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {"crystals": []}
+    except json.JSONDecodeError:
+        content = None
+    reserved = prefix == "summary" or prefix.isdigit() or prefix.startswith("study_")
+    if reserved or not (isinstance(content, dict) and "crystals" in content):
+        raise ConfigError(f"{target} is not of a case study, which would replace it: give the case study another name")
 
 
 def _provenance(case: CaseStudy, experiments: Mapping[Case, Experiment]) -> dict[str, Any]:

@@ -424,13 +424,17 @@ def evaluate(
     from tlmc.evaluation import evaluate as errors_of
     from tlmc.evaluation.comparison import refit_offset
     from tlmc.evaluation.metrics import as_json
-    from tlmc.evaluation.records import append_records, rows_from_metrics
+    from tlmc.evaluation.records import UNKNOWN, append_records, identity, rows_from_metrics
     from tlmc.potentials.calculator import predict
     from tlmc.splits import only_crystals
+    from tlmc.training.finetune import start_hash
 
+    if output is not None:
+        _check_evaluation(output)
     if study_name and split is None:
         raise ConfigError("--record needs the --split of a run, which says what the model was trained on")
     data, potential = _load(dataset, energy_key, forces_key, stress_key, units), _model(model, mapped, borrow)
+    start = start_hash(potential)  # of a published model; what a fine-tuned one began with, its file does not say
     if crystals_only:
         data = only_crystals(data)
     chosen, fitted_on = data, data
@@ -459,6 +463,7 @@ def evaluate(
         rows = rows_from_metrics(
             metrics, study=study_name, dataset=data.name, start_model=potential.name, recipe=label or Path(model).stem,
             seed=parts.seed, split=part, n_train=len(parts.train), run_id=_weights_id(model),
+            identity=identity(data, parts, part, UNKNOWN if Path(model).is_file() else start),
         )  # fmt: skip
         append_records(rows)
     table = Table(title=f"{model} on {len(chosen)} frames of {data.name}")
@@ -480,7 +485,7 @@ def average(
 
     Models with other columns err in part independently, so that their mean is often better than either; it costs as
     much as both. The mean is one prediction, no committee: it has no spread. Models that were trained on different data
-    are averaged, and named.
+    are averaged, and named. An output file that exists is replaced if it is such a mean.
 
     [bold]Examples[/bold]
 
@@ -494,6 +499,8 @@ def average(
 
     if output.suffix != ".safetensors":
         raise ConfigError(f"{output} must end in .safetensors, so that it is known as a model file")
+    if output.exists() and "mean_of" not in load_model(output)[1]:
+        raise ConfigError(f"{output} is no mean of models, and would be replaced: name another file")
     loaded = [load_model(model) for model in models]
     mean = mean_of([potential for potential, _ in loaded])
     sets = {}
@@ -752,7 +759,7 @@ def sweep_plan(
     """
     from tlmc.sweeps import parameters_file, plan
 
-    folder = output or reports_dir() / "sweeps" / description.stem
+    folder = (output or reports_dir() / "sweeps" / description.stem).resolve()
     for name in plan(description, folder):
         out.print(str(parameters_file(folder, name)), soft_wrap=True)
 
@@ -765,7 +772,8 @@ def sweep_run(
 ) -> None:
     """Carry out one run: execute the notebook 10_single_run, leave metrics.json.
 
-    A training that was interrupted goes on from its last epoch.
+    A training that was interrupted goes on from its last epoch. The folder must be new, empty, or this run's own; when
+    parameters, data or code have changed, the files that the run wrote there before are removed, and no others.
 
     [bold]Example[/bold]
 
@@ -786,18 +794,15 @@ def sweep_collect(folder: Annotated[Path, typer.Argument(help="Folder of the swe
 
     tlmc sweep collect my-sweep
     """
-    from tlmc.evaluation.records import append_records, comparison_table
-    from tlmc.sweeps import collect
+    from tlmc.evaluation.records import append_records, comparison_table, told_apart
+    from tlmc.sweeps import collect, write_table
 
     state = collect(folder)
-    target = folder / ("unfinished.csv" if state.failed or state.waiting else "table.csv")
     if state.finished:
         append_records(state.records)
-        with atomic_path(target) as temporary:
-            comparison_table(state.records).to_csv(temporary, index=False)
+        table = comparison_table(told_apart(state.records))
+        target = write_table(table, folder, not (state.failed or state.waiting))
         out.print(f"{len(state.finished)} runs finished: {target}", soft_wrap=True)
-    if target.name == "table.csv":
-        (folder / "unfinished.csv").unlink(missing_ok=True)
     for name, sentence in state.failed.items():
         err.print(f"[red]failed: {name}: {escape(sentence)}[/red]", soft_wrap=True)
     for name in state.waiting:
@@ -842,6 +847,22 @@ def _model(name: str, mapped: list[str] | None, borrow: Literal["relabel", "exte
     else:
         model = load_start_model(cast(StartModelName, name))
     return with_elements(model, _pairs(mapped, "--map"), borrow)
+
+
+def _check_evaluation(output: Path) -> None:
+    """Refuse a folder in which an evaluation would replace other files, those of a run for instance."""
+    metrics, table = output / "metrics.json", output / "per_frame.csv"
+    if metrics.is_file():
+        try:
+            content = json.loads(metrics.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:
+            content = None
+        if not (isinstance(content, dict) and "offset_refitted" in content):
+            raise ConfigError(
+                f"{metrics} is not of tlmc evaluate, which would replace it: name another --output folder"
+            )
+    elif table.exists():
+        raise ConfigError(f"{table} is not of tlmc evaluate, which would replace it: name another --output folder")
 
 
 def _weights_id(model: str) -> str:

@@ -33,7 +33,7 @@ from tlmc.checks import and_others, check_dataset
 from tlmc.convergence import read_convergence
 from tlmc.downloads import describe, first_to_answer
 from tlmc.errors import DataError
-from tlmc.files import sha256_file
+from tlmc.files import listed, sha256_file
 from tlmc.labelled import Dataset, charge_state
 from tlmc.labels import (
     LabelNames,
@@ -383,7 +383,7 @@ def _embedded() -> dict[str, Path]:
         return {}
     found: dict[str, Path] = {}
     for suffix in _EMBEDDED_SUFFIXES:
-        for path in sorted(folder.glob(f"*{suffix}")):
+        for path in listed(folder, f"*{suffix}"):
             name = path.name.removesuffix(suffix)
             if name in found:
                 raise DataError(f"{folder}: {found[name].name} and {path.name} are both called {name}: keep one")

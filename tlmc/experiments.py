@@ -18,7 +18,7 @@ from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError
 from tlmc.evaluation.comparison import Stage, before_and_after, rows_from_stages
 from tlmc.evaluation.metrics import as_json, evaluate
-from tlmc.evaluation.records import CELL, append_records, rows_from_metrics
+from tlmc.evaluation.records import NAMES, append_records, identity, rows_from_metrics
 from tlmc.files import write_json, write_text
 from tlmc.labelled import Dataset
 from tlmc.paths import reports_dir
@@ -27,7 +27,15 @@ from tlmc.potentials.model import Potential
 from tlmc.splits import Split, SplitMethod, shrunk, split_dataset
 from tlmc.training.cache import build_cache
 from tlmc.training.distributed import Group
-from tlmc.training.finetune import FinetuneConfig, FinetuneResult, finetune, first_model, recipe, run_name
+from tlmc.training.finetune import (
+    FinetuneConfig,
+    FinetuneResult,
+    finetune,
+    first_model,
+    recipe,
+    run_name,
+    start_hash,
+)
 from tlmc.training.interrupts import interrupted
 from tlmc.training.kernels import kernels
 
@@ -142,11 +150,13 @@ def _evaluate(model: Potential, dataset: Dataset, parts: Split, result: Finetune
             seed=config.seed,
             n_train=len(parts.train),
             run_id=result.run_id,
+            identity=identity(dataset, parts, "test", start_hash(model)),
         )
         # settings are chosen by these, never by the test part
         validation = dataset.subset(parts.validation)
         metrics = evaluate(validation, predict(result.potential, validation.frames))
-        cell: dict[str, Any] = {name: rows[-1][name] for name in (*CELL, "run_id")} | {"split": "validation"}
+        cell: dict[str, Any] = {name: rows[-1][name] for name in (*NAMES, "run_id")} | {"split": "validation"}
+        cell["identity"] = identity(dataset, parts, "validation", start_hash(model))
         append_records([*rows, *rows_from_metrics(metrics, **cell)])
     return stages
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+from tlmc.errors import ConfigError
+
+WRITTEN_LIST: Final = "TLMC_WRITTEN_LIST"
+"""Environment variable with the path of a list that every file written by this package is added to: what a run may
+remove later is what stands there, and nothing else."""
 
 
 @contextlib.contextmanager
@@ -17,7 +24,7 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside ``target`` that replaces it when the block ends without an error.
 
     The temporary name keeps the target's suffix, which many writers look at. A block that raises, or is killed,
-    leaves ``target`` as it was.
+    leaves ``target`` as it was. The temporary name begins with a dot: :func:`listed` leaves it out.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -27,6 +34,7 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
         mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
         temporary.chmod(mode)
+        note_written(target)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -39,6 +47,56 @@ def _new_file(target: Path) -> Path:
         with contextlib.suppress(FileExistsError):
             path.touch(exist_ok=False)
             return path
+
+
+def note_written(target: Path) -> None:
+    """Add a file that is about to be written to the list that :data:`WRITTEN_LIST` names, if it lies beside or below.
+
+    A file that is there already is not added: it stands there, or is somebody else's.
+    """
+    notes = os.environ.get(WRITTEN_LIST)
+    if notes and not target.exists():
+        name = os.path.relpath(target, Path(notes).parent)
+        if not name.startswith(os.pardir):
+            with open(notes, "a", encoding="utf-8") as stream:
+                stream.write(f"{name}\n")
+
+
+def listed(folder: Path | str, pattern: str) -> list[Path]:
+    """Return the files in a folder that match a pattern, by name; hidden ones, and those still being written, are not.
+
+    Other processes may write into the folder at the same time: what :func:`atomic_path` has not finished is nobody's
+    result yet, and is gone the next moment.
+    """
+    return sorted(path for path in Path(folder).glob(pattern) if not path.name.startswith("."))
+
+
+def claim(folder: Path, marker: Collection[str], what: str) -> None:
+    """Make a folder for results, or go on in one; a folder that holds somebody's files is refused.
+
+    Parameters
+    ----------
+    folder
+        Where results are to go.
+    marker
+        Names of files of which one is there if this package began the folder.
+    what
+        What is to be written, for the sentence: ``"a run"``.
+
+    Raises
+    ------
+    ConfigError
+        If it is a file, or holds files but none of the `marker`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file, not a folder: name a folder for {what}")
+    folder.mkdir(parents=True, exist_ok=True)
+    there = listed(folder, "*")
+    if there and not any((folder / name).is_file() for name in marker):
+        names = ", ".join(path.name for path in there[:3]) + (", ..." if len(there) > 3 else "")
+        raise ConfigError(
+            f"{folder} holds files that are not those of {what} ({names}): name another folder, new or empty"
+        )
 
 
 def write_text(target: Path | str, text: str) -> None:

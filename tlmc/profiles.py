@@ -18,6 +18,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from tlmc.errors import ConfigError
+from tlmc.files import listed
 from tlmc.paths import project_root
 
 Parameter = str | int | float | bool
@@ -53,8 +54,8 @@ class Profile:
 
 def available_profiles() -> tuple[str, ...]:
     """Return the names of the profiles, ``smoke`` first."""
-    folders = (project_root() / "notebooks" / "profiles").glob("*/")
-    return (SMOKE, *sorted(folder.name for folder in folders if any(folder.glob("*.yml"))))
+    folders = listed(project_root() / "notebooks" / "profiles", "*/")
+    return (SMOKE, *sorted(folder.name for folder in folders if listed(folder, "*.yml")))
 
 
 def notebook_defaults(notebook: Path) -> dict[str, Parameter]:
@@ -165,9 +166,9 @@ def read_notebook(notebook: Path) -> Any:
 def profile_files(folder: Path, name: str) -> dict[str, Path | None]:
     """Return the notebooks of a profile in order, each with the file of its changes."""
     if name == SMOKE:
-        found: dict[str, Path | None] = {path.stem: None for path in sorted(folder.glob("[0-9]*.ipynb"))}
+        found: dict[str, Path | None] = {path.stem: None for path in listed(folder, "[0-9]*.ipynb")}
     else:
-        found = {path.stem: path for path in sorted((folder / "profiles" / name).glob("*.yml"))}
+        found = {path.stem: path for path in listed(folder / "profiles" / name, "*.yml")}
     if not found:
         raise ConfigError(f"no profile {name!r}: there are {', '.join(available_profiles())}")
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import platform
+import re
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -54,11 +55,15 @@ def git_revision() -> str:
 
 
 def code_hash() -> str:
-    """Return the SHA-256 over the source files of this package, names included."""
+    """Return the SHA-256 over the files of this package, whatever their kind, names included.
+
+    What Python makes of them (``__pycache__``) and hidden files, of editors for instance, do not count.
+    """
     digest = hashlib.sha256()
     for path in sorted(PACKAGE_DIR.rglob("*")):
-        if path.suffix in (".py", ".json", ".html"):
-            digest.update(f"{path.relative_to(PACKAGE_DIR).as_posix()}\n".encode())
+        name = path.relative_to(PACKAGE_DIR)
+        if path.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in name.parts):
+            digest.update(f"{name.as_posix()}\n".encode())
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
@@ -67,7 +72,8 @@ def program_hash(module: str) -> str:
     """Return the SHA-256 over what a module of this package and all that it imports do.
 
     Comments, docstrings and layout do not count, nor do modules that it does not reach, so that work which took hours
-    is not thrown away for them. A file beside a module with its name and another suffix (``kernels.c``) belongs to it.
+    is not thrown away for them. A file beside a module with its name and another suffix (``kernels.c``) belongs to it,
+    as does a file of the package that it names (``"registry.json"``).
 
     Parameters
     ----------
@@ -77,10 +83,22 @@ def program_hash(module: str) -> str:
     digest = hashlib.sha256()
     for name, (path, tree) in sorted(_reached(module).items()):
         digest.update(f"{name}\n{ast.dump(_without_texts(tree))}\n".encode())
-        for other in sorted(path.parent.glob(f"{path.stem}.*")):
-            if other.suffix not in (".py", ".pyc"):
-                digest.update(other.read_bytes())
+        for other in sorted(_files_of(path, tree)):
+            digest.update(other.read_bytes())
     return digest.hexdigest()
+
+
+def _files_of(path: Path, tree: ast.Module) -> set[Path]:
+    """Return the files that belong to a module and are no modules."""
+    named = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    beside = {
+        folder / name
+        for folder in {path.parent, PACKAGE_DIR}
+        for name in named
+        if re.fullmatch(r"\w+\.\w+", name) and (folder / name).is_file()
+    }
+    found = beside | set(path.parent.glob(f"{path.stem}.*"))
+    return {other for other in found if other.suffix not in (".py", ".pyc")}
 
 
 def _reached(module: str) -> dict[str, tuple[Path, ast.Module]]:

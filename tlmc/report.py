@@ -21,7 +21,7 @@ from nbconvert import HTMLExporter
 from PIL import Image
 
 from tlmc.errors import DataError
-from tlmc.evaluation.records import comparison_table, format_comparison, read_records
+from tlmc.evaluation.records import comparison_table, format_comparison, read_records, told_apart
 from tlmc.files import write_json, write_text
 from tlmc.outcomes import Record, read_metrics, read_record
 from tlmc.profiles import Profile, load_profile
@@ -110,7 +110,7 @@ def _write_page(executed: Path, name: str) -> Path:
 def _results(study: str, reports: Path) -> tuple[pd.DataFrame | None, str]:
     """Return the table of the study's test errors, or None and the sentence that says why there is none."""
     try:
-        return format_comparison(comparison_table(read_records(reports / "metrics", study=study))), ""
+        return format_comparison(comparison_table(told_apart(read_records(reports / "metrics", study=study)))), ""
     except DataError as error:
         return None, str(error)
 

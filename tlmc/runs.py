@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tlmc.datasets import load_dataset
 from tlmc.errors import ConfigError, problems_of
 from tlmc.evaluation.forgetting import forgetting
-from tlmc.evaluation.records import append_records, rows_from_metrics
+from tlmc.evaluation.records import append_records, identity, rows_from_metrics
 from tlmc.experiments import Experiment, run_experiment
 from tlmc.files import write_text
 from tlmc.labelled import Dataset
@@ -26,7 +26,7 @@ from tlmc.potentials.model import Potential
 from tlmc.potentials.pretrained import load_start_model
 from tlmc.potentials.transfer import Borrowing, with_elements
 from tlmc.splits import SplitMethod, only_crystals, shrunk, split_dataset
-from tlmc.training.finetune import FinetuneConfig, recipe, run_name
+from tlmc.training.finetune import FinetuneConfig, recipe, run_name, start_hash
 from tlmc.training.replay import isolated_molecules
 
 MOLECULES: Final = "molecules"
@@ -47,7 +47,7 @@ class Run(BaseModel):
     settings: dict[str, Any] = Field(default_factory=dict)
     """What differs from the recipe, fields of :class:`tlmc.training.finetune.FinetuneConfig`."""
     label: str = ""
-    """Name that results are filed under; by default the recipe and what differs from it."""
+    """Name that results are filed under; by default the recipe and what differs from it, in the data too."""
     n_train: int = Field(0, ge=0)
     """Training frames; 0 for the whole training part."""
     element_map: dict[str, str] = Field(default_factory=dict)
@@ -62,7 +62,12 @@ class Run(BaseModel):
         """What results are filed under."""
         if self.label:
             return self.label
-        return ", ".join([self.recipe, *(f"{key} {value}" for key, value in sorted(self.settings.items()))])
+        words = [self.recipe, *(f"{key} {value}" for key, value in sorted(self.settings.items()))]
+        words += ["crystals only"] if self.crystals_only else []
+        words += [self.split] if self.split != "random" else []
+        words += [f"{new}={donor}" for new, donor in self.element_map.items()]
+        words += [self.borrow] if self.element_map and self.borrow != "relabel" else []
+        return ", ".join(words)
 
     @property
     def config(self) -> FinetuneConfig:
@@ -111,6 +116,7 @@ def execute(run: Run, study: str = "", progress: bool | None = None, device: str
         rows = rows_from_metrics(
             metrics, study=study, dataset=dataset.name, start_model=model.name, recipe=config.recipe, seed=run.seed,
             split=MOLECULES, n_train=len(experiment.split.train), run_id=result.run_id,
+            identity=identity(dataset, experiment.split, MOLECULES, start_hash(model)),
         )  # fmt: skip
         append_records(rows)
     return experiment

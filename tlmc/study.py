@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from tlmc.errors import StudyError
-from tlmc.files import sha256_file, write_json
+from tlmc.errors import ConfigError, StudyError
+from tlmc.files import listed, sha256_file, write_json
 from tlmc.outcomes import dataset_facts, metrics_file, read_record, record_file
 from tlmc.paths import project_root, reports_dir
 from tlmc.profiles import Parameter, Profile, Step, load_profile, profile_files, read_notebook
@@ -35,6 +35,9 @@ EXECUTION_TIMEOUT = 7200
 
 _DATA = ("dataset", "others", "crystals", "borrow_dataset", "crystal", "molecule", "molecule_set")
 """Parameters that name data: a set, several parted by commas, or a folder."""
+
+_FOLDERS = ("TLMC_ROOT", "TLMC_CACHE_DIR", "TLMC_DATA_DIR", "TORCHANI_DATA_DIR")
+"""Variables that name folders, besides the reports."""
 
 # run by every kernel: nobody watches a progress bar, so training says a line per epoch
 _STARTUP = """
@@ -64,8 +67,8 @@ def run_study(
     profile, notebooks, parameters
         See :func:`load_profile`.
     output
-        The reports folder; ``reports/`` of the checkout (or ``TLMC_REPORTS_DIR``) if None, ``own/<folder>`` in it with
-        `data`.
+        The reports folder, new, empty or one of an earlier study; ``reports/`` of the checkout (or
+        ``TLMC_REPORTS_DIR``) if None, ``own/<folder>`` in it with `data`.
     force
         Run notebooks again that are complete and unchanged.
     data
@@ -80,7 +83,7 @@ def run_study(
     Raises
     ------
     ConfigError
-        If the profile or a parameter is wrong; nothing has run then.
+        If the profile or a parameter is wrong, or the reports folder holds somebody's files; nothing has run then.
     DataError, ModelError
         If a data set or the start model cannot be had; nothing has run then.
     StudyError
@@ -96,6 +99,7 @@ def run_study(
         own = Path("own", data.resolve().name)
     loaded = load_profile(profile, notebooks, _with_absolute_files(given))
     reports = (output or reports_dir() / own).resolve()
+    _check_reports(reports, loaded, chosen=output is not None)
     executed = reports / "executed" / profile
     inputs, facts = _shared_inputs(loaded)
     order = list(profile_files(project_root() / "notebooks", profile))
@@ -109,6 +113,38 @@ def run_study(
                 continue
             _run_step(step, digest, reports, executed, [facts[name] for name in _sets(step)])
     return write_report(loaded, reports)
+
+
+def _check_reports(reports: Path, profile: Profile, chosen: bool) -> None:
+    """Refuse a folder in which a study would replace files that none has written.
+
+    Parameters
+    ----------
+    chosen
+        Whether the folder was named for this study; one that is the reports folder of all commands may hold more.
+    """
+    if reports.exists() and not reports.is_dir():
+        raise ConfigError(f"{reports} is a file, not a folder: name a folder for the report")
+    index, parts = reports / "index.html", listed(reports / "metrics", "[0-9]*.json")
+    for path in (index, *(metrics_file(reports, step.name) for step in profile.steps)):
+        if path.is_file() and not _is_of_a_study(path):
+            raise ConfigError(f"{path} is not of a study, and this one would replace it: name another --output folder")
+    known = [index, reports / "metrics" / "summary.parquet", *filter(_is_of_a_study, parts)]
+    known += [*reports.glob("executed/*/*.ipynb"), *reports.glob("runs/*/run.json")]
+    if chosen and listed(reports, "*") and not any(path.is_file() for path in known):
+        raise ConfigError(f"{reports} holds files, but none of a study: name another --output folder, new or empty")
+
+
+def _is_of_a_study(path: Path) -> bool:
+    """Tell whether a front page, or the metrics of a notebook, were written by a study."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if path.suffix == ".html":
+        return "<title>tlmc: " in text
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return isinstance(content, dict) and (not content or "notebook" in content)
 
 
 def _chapter_four(profile: str) -> list[str]:
@@ -207,7 +243,7 @@ def _digest(step: Step, shared: Mapping[str, str], earlier: Sequence[Path]) -> s
 
 @contextmanager
 def kernel_environment(reports: Path) -> Iterator[None]:
-    """Set what the kernels inherit: the reports folder, this very interpreter, and none of the user's own start-up.
+    """Set for a while what the kernels inherit: the folders, this very interpreter, and none of the user's start-up.
 
     A user's kernelspec named ``python3``, or a ``JUPYTER_PATH`` that holds one, could name another interpreter; the
     first folder of ``JUPYTER_PATH`` wins, so it is one with a kernelspec written here.
@@ -219,20 +255,22 @@ def kernel_environment(reports: Path) -> Iterator[None]:
         startup = Path(folder, "ipython", "profile_default", "startup")
         startup.mkdir(parents=True)
         (startup / "00_log.py").write_text(_STARTUP, encoding="utf-8")
-        changes = {
-            "TLMC_REPORTS_DIR": str(reports),
+        # the kernel works in the notebooks' folder, from where a relative path leads elsewhere
+        changes = {name: str(Path(os.environ[name]).resolve()) for name in _FOLDERS if os.environ.get(name)}
+        changes |= {
+            "TLMC_REPORTS_DIR": str(reports.resolve()),
             "JUPYTER_PATH": os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH")])),
             "IPYTHONDIR": str(Path(folder, "ipython")),
             "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         }
         saved = {name: os.environ.get(name) for name in changes}
-        os.environ.update(changes)
         try:
+            os.environ.update(changes)
             yield
         finally:
             for name, value in saved.items():
                 if value is None:
-                    del os.environ[name]
+                    os.environ.pop(name, None)
                 else:
                     os.environ[name] = value
 

@@ -7,9 +7,13 @@ gathers the results and names the runs that failed. A sweep's folder holds ::
     parameters/<run>.yml           the plan
     results/<run>/metrics.json     what a finished run found; written last
     results/<run>/error.txt        what stopped it
+    results/<run>/inputs.txt       what the run depends on
+    results/<run>/written_by_tlmc.txt  the files that the run wrote
     results/<run>/                 the executed notebook, figures, model and state of the training
 
-Nothing here knows who calls it: the ``Snakefile`` calls it for one core, a Slurm cluster or Kubernetes alike.
+Only files that are known to come from here are removed or replaced: those of ``written_by_tlmc.txt``, and parameters
+files that are as they were planned. Nothing here knows who calls it: the ``Snakefile`` calls it for one core, a Slurm
+cluster or Kubernetes alike.
 """
 
 from __future__ import annotations
@@ -20,8 +24,8 @@ import itertools
 import json
 import os
 import platform
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,11 +37,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tlmc.datasets import available, local_file
 from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError, StudyError, problems_of
-from tlmc.evaluation.records import CELL, COLUMNS, read_records
-from tlmc.files import sha256_file, write_json, write_text
+from tlmc.evaluation.records import CELL, COLUMNS, IDENTITY, UNKNOWN, read_records
+from tlmc.files import WRITTEN_LIST, claim, listed, note_written, sha256_file, write_json, write_text
 from tlmc.outcomes import metrics_file, read_metrics
 from tlmc.paths import project_root
-from tlmc.profiles import Parameter, read_notebook, read_step
+from tlmc.profiles import Parameter, Step, read_notebook, read_step
 from tlmc.provenance import package_versions, program_hash
 from tlmc.runs import Run, make_run, read_yaml
 from tlmc.study import execute_notebook, kernel_environment
@@ -46,6 +50,10 @@ NOTEBOOK = "10_single_run"
 """The notebook that a run executes."""
 
 _HEADER = "# planned by tlmc: one run, parameters of the notebook 10_single_run; what it depends on: "
+_BODY = "; these lines: "
+"""Before the hash of the lines below, by which a file that was changed by hand is known."""
+_WRITTEN = "written_by_tlmc.txt"
+_TABLES = ("table.csv", "unfinished.csv")
 
 
 class Sweep(BaseModel):
@@ -90,7 +98,8 @@ def read_sweep(description: Path) -> tuple[str, list[Run]]:
     Raises
     ------
     ConfigError
-        If the file is not a description, or a run of it has an unknown or wrong field or setting.
+        If the file is not a description, a run of it has an unknown or wrong field or setting, or two different runs
+        have one name.
     DataError
         If a data set is neither a known name nor a file; files are looked for from the description's folder.
     """
@@ -108,7 +117,24 @@ def read_sweep(description: Path) -> tuple[str, list[Run]]:
                 path = local_file(run.dataset)  # its sentence has the nearest names
             run = run.model_copy(update={"dataset": str(path and path.resolve())})
         runs[run.slug] = run
+    _check_names(list(runs.values()), description)
     return sweep.study, list(runs.values())
+
+
+def _check_names(runs: Sequence[Run], description: Path) -> None:
+    """Refuse runs that tables could not tell apart."""
+    names: dict[tuple[Any, ...], Run] = {}
+    for run in runs:
+        other = names.setdefault((run.dataset, run.start_model, run.name, run.n_train, run.seed), run)
+        if other is not run:
+            ours, theirs = run.model_dump(), other.model_dump()
+            different = ", ".join(
+                f"{key} ({theirs[key]!r}, {ours[key]!r})" for key in ours if key != "label" and ours[key] != theirs[key]
+            )
+            raise ConfigError(
+                f"{description}: two runs on {run.dataset} are both called {run.name!r}, seed {run.seed}, and differ "
+                f"in {different or 'nothing but the label'}: give them labels of their own"
+            )
 
 
 def parameters_of(run: Run, study: str) -> dict[str, Parameter]:
@@ -147,18 +173,28 @@ def plan(description: Path, folder: Path) -> list[str]:
     Raises
     ------
     ConfigError, DataError
-        As :func:`read_sweep`; nothing is written then.
+        As :func:`read_sweep`, or if a parameters file was changed by hand; nothing is written then.
     """
     study, runs = read_sweep(description)
+    texts = {}
     for run in runs:
         path = parameters_file(folder, run.slug)
         parameters = parameters_of(run, study)
-        text = f"{_HEADER}{inputs_hash(parameters)}\n" + yaml.safe_dump(parameters, sort_keys=False, width=1_000_000)
-        if not (path.is_file() and path.read_text(encoding="utf-8") == text):
-            write_text(path, text)
+        body = yaml.safe_dump(parameters, sort_keys=False, width=1_000_000)
+        text = f"{_HEADER}{inputs_hash(parameters)}{_BODY}{_digest(body)}\n{body}"
+        there = path.read_text(encoding="utf-8") if path.is_file() else text
+        if not (_is_as_planned(there) or there.partition("\n")[2] == body):
+            raise ConfigError(
+                f"{path} is not as it was planned, and planning would undo the change: put it into {description}, or "
+                "give the file another name"
+            )
+        if there != text or not path.is_file():
+            texts[path] = text
+    for path, text in texts.items():
+        write_text(path, text)
     names = [run.slug for run in runs]
-    for path in parameters_file(folder, "").parent.glob("*.yml"):
-        if path.stem not in names and path.read_text(encoding="utf-8").startswith(_HEADER):
+    for path in listed(parameters_file(folder, "").parent, "*.yml"):
+        if path.stem not in names and _is_as_planned(path.read_text(encoding="utf-8")):
             path.unlink()
     return names
 
@@ -190,12 +226,26 @@ def carry_out(parameters: Path, folder: Path, device: str = "cpu") -> Path:
     StudyError
         If the notebook fails; ``error.txt`` says the same.
     """
+    # the kernel works in the notebook's folder
+    parameters, folder = parameters.resolve(), folder.resolve()
     step = read_step(_notebook(), parameters)
+    dataset = str(step.parameters["dataset"])
+    if dataset not in available():
+        file = local_file(dataset)
+        dataset = str(file and file.resolve())
+    step = replace(step, changes=step.changes | {"dataset": dataset})
     digest = inputs_hash(step.changes)
     begun = folder / "inputs.txt"
-    if folder.is_dir() and not (begun.is_file() and begun.read_text(encoding="utf-8").strip() == digest):
-        shutil.rmtree(folder)
-    write_text(begun, f"{digest}\n")
+    claim(folder, [_WRITTEN], "a run of a sweep")
+    if not (begun.is_file() and begun.read_text(encoding="utf-8").strip() == digest):
+        _remove_written(folder)
+    with _noted(folder / _WRITTEN):
+        return _carry_out(step, parameters.stem, folder, digest, device)
+
+
+def _carry_out(step: Step, name: str, folder: Path, digest: str, device: str) -> Path:
+    """Execute the notebook in a folder that is the run's own."""
+    write_text(folder / "inputs.txt", f"{digest}\n")
     step = replace(step, changes=step.changes | {"device": device})
     target, error_file = folder / "metrics.json", folder / "error.txt"
     target.unlink(missing_ok=True)
@@ -203,12 +253,14 @@ def carry_out(parameters: Path, folder: Path, device: str = "cpu") -> Path:
     write_text(error_file, "was begun and did not end: killed, out of memory or out of time\n")
     try:
         with kernel_environment(folder):
-            seconds = execute_notebook(step, folder / f"{NOTEBOOK}.ipynb", metrics_file(folder, NOTEBOOK))
+            executed = folder / f"{NOTEBOOK}.ipynb"
+            note_written(executed)  # papermill's own writing is not
+            seconds = execute_notebook(step, executed, metrics_file(folder, NOTEBOOK))
     except StudyError as error:
         write_text(error_file, f"{error}\n")
         raise
     content = read_metrics(folder, NOTEBOOK) | {
-        "run": parameters.stem,
+        "run": name,
         "parameters": step.parameters,
         "inputs": digest,
         "seconds": round(seconds, 1),
@@ -229,7 +281,8 @@ def collect(folder: Path) -> Collected:
     ConfigError
         If the folder holds no plan.
     """
-    names = sorted(path.stem for path in parameters_file(folder, "").parent.glob("*.yml"))
+    files = listed(parameters_file(folder, "").parent, "*.yml")
+    names = [path.stem for path in files if path.read_text(encoding="utf-8").startswith(_HEADER)]
     if not names:
         raise ConfigError(f"{folder} holds no parameters/*.yml: make a plan first (tlmc sweep plan)")
     finished, waiting, rows = [], [], []
@@ -244,8 +297,33 @@ def collect(folder: Path) -> Collected:
         else:
             waiting.append(name)
     # every run tells the errors of its start model: those of one split are one result
-    records = pd.DataFrame(rows, columns=list(COLUMNS)).drop_duplicates([*CELL, "quantity"], keep="last")
+    records = pd.DataFrame(rows, columns=list(COLUMNS)).fillna(dict.fromkeys(IDENTITY, UNKNOWN))
+    records = records.drop_duplicates([*CELL, "quantity"], keep="last")
     return Collected(tuple(finished), failed, tuple(waiting), records.reset_index(drop=True))
+
+
+def write_table(table: pd.DataFrame, folder: Path, complete: bool) -> Path:
+    """Write the table of a sweep: ``table.csv`` if all runs are finished, else ``unfinished.csv``.
+
+    An ``unfinished.csv`` of this sweep goes when the table is complete.
+
+    Raises
+    ------
+    ConfigError
+        If a file of that name is there which is not such a table; it is left alone.
+    """
+    heading = ",".join(table.columns)
+    for name in _TABLES:
+        path = folder / name
+        if path.is_file():
+            with path.open(encoding="utf-8", errors="replace") as stream:
+                if stream.readline().strip().split(",")[:3] != heading.split(",")[:3]:
+                    raise ConfigError(f"{path} is not the table of a sweep: move it, or plan the sweep elsewhere")
+    target = folder / _TABLES[0 if complete else 1]
+    write_text(target, table.to_csv(index=False))
+    if complete:
+        (folder / _TABLES[1]).unlink(missing_ok=True)
+    return target
 
 
 def parameters_file(folder: Path, run: str) -> Path:
@@ -279,6 +357,56 @@ def _shared_inputs() -> dict[str, Any]:
         "program": program_hash("tlmc.runs"),
         "versions": package_versions(),
     }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _is_as_planned(text: str) -> bool:
+    """Tell whether the text of a parameters file is one that :func:`plan` wrote, every line of it."""
+    head, _, body = text.partition("\n")
+    return head.startswith(_HEADER) and head.rpartition(_BODY)[2] == _digest(body)
+
+
+@contextmanager
+def _noted(target: Path) -> Iterator[None]:
+    """Note the names of all files that are written meanwhile, by this process and its kernels, in a list."""
+    saved = os.environ.get(WRITTEN_LIST)
+    os.environ[WRITTEN_LIST] = str(target)
+    runs = target.with_name("runs")
+    before = set(runs.rglob("*"))
+    try:
+        target.touch()
+        yield
+    finally:
+        # what a library wrote by itself beside a training
+        names = {os.path.relpath(path, target.parent) for path in set(runs.rglob("*")) - before if not path.is_dir()}
+        new = sorted(names - set(target.read_text(encoding="utf-8").splitlines()))
+        with target.open("a", encoding="utf-8") as stream:
+            stream.writelines(f"{name}\n" for name in new)
+        if saved is None:
+            os.environ.pop(WRITTEN_LIST, None)
+        else:
+            os.environ[WRITTEN_LIST] = saved
+
+
+def _remove_written(folder: Path) -> None:
+    """Remove what a run wrote into its folder, and the folders that are empty then; all else stays."""
+    notes = folder / _WRITTEN
+    if not notes.is_file():
+        return
+    names = dict.fromkeys(notes.read_text(encoding="utf-8").splitlines())
+    for name in names:
+        parent = (folder / name).parent.resolve()
+        path = parent / Path(name).name
+        # a list that was tampered with, or a link, must not lead elsewhere
+        if parent.is_relative_to(folder) and (path.is_file() or path.is_symlink()):
+            path.unlink()
+            while parent != folder and not any(parent.iterdir()):
+                parent.rmdir()
+                parent = parent.parent
+    notes.unlink()
 
 
 def _notebook() -> Path:

@@ -82,9 +82,10 @@ def rows_from_stages(
     seed: int,
     n_train: int,
     run_id: str,
+    identity: Mapping[str, str],
     split: Part = "test",
 ) -> list[dict[str, Any]]:
-    """Turn the stages of one run into records; the arguments are the columns of the record.
+    """Turn the stages of one run into records; the arguments are the columns of the record (`identity` several).
 
     The start model as it is has seen no frames, so its ``n_train`` is 0.
     """
@@ -101,5 +102,6 @@ def rows_from_stages(
             split=split,
             n_train=0 if name == START else n_train,
             run_id=run_id,
+            identity=identity,
         )
     ]

@@ -23,8 +23,8 @@ from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError, ModelError, nearest_first, problems_of
 from tlmc.evaluation.comparison import Stage
 from tlmc.evaluation.metrics import as_json, by_kind, evaluate
-from tlmc.evaluation.records import append_records, rows_from_metrics
-from tlmc.files import atomic_path, write_json
+from tlmc.evaluation.records import append_records, identity, rows_from_metrics
+from tlmc.files import atomic_path, claim, write_json
 from tlmc.labelled import Dataset
 from tlmc.paths import reports_dir
 from tlmc.peer.sevennet import NAME, SevenNet, answer, load_sevennet, make_graph, predict, predict_graphs
@@ -196,6 +196,8 @@ def run_peer(
     }
     write_json(folder / "metrics.json", content)
     if study:
+        start = hashlib.sha256(json.dumps(description["start_model"], sort_keys=True).encode()).hexdigest()[:12]
+        frames = identity(dataset, split, "test", start)
         append_records(
             row
             for recipe, stage in stages.items()
@@ -209,6 +211,7 @@ def run_peer(
                 split="test",
                 n_train=len(split.train),
                 run_id=run_id,
+                identity=frames,
             )
         )
     return PeerExperiment(dataset, split, stages, history, folder)
@@ -324,14 +327,15 @@ def _describe(model: SevenNet, dataset: Dataset, split: Split, config: PeerConfi
 
 def _claim(folder: Path, description: dict[str, Any], split: Split) -> None:
     """Write the description of a run into its folder, or check that the one there is the same."""
+    claim(folder, ["run.json"], "a run")
     path = folder / "run.json"
     if path.exists():
         if json.loads(path.read_text(encoding="utf-8")) != description:
             raise ConfigError(f"{folder} holds another run, see run.json there: choose another folder or delete this")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "split.json", split.to_json())
-    write_json(path, description)
+    else:
+        write_json(path, description)
+    if not (folder / "split.json").exists():
+        write_json(folder / "split.json", split.to_json())
 
 
 def _save(folder: Path, state: _State, run_id: str) -> None:

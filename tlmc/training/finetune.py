@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from tlmc.descriptors.enrichment import Compression, fit_enrichment
 from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError, ModelError, nearest_first, problems_of
-from tlmc.files import atomic_path, write_json
+from tlmc.files import atomic_path, claim, write_json
 from tlmc.labelled import Dataset
 from tlmc.potentials.model import Potential
 from tlmc.potentials.transfer import enrich, first_members, scratch, trainable_layers
@@ -295,8 +295,8 @@ def finetune(
     DataError
         If the split does not belong to the data set.
     ConfigError
-        If `run_dir` holds a run with other settings or data, TensorBoard is asked for but missing, there is no such
-        device, or the processes of a group differ in what they were given.
+        If `run_dir` holds a run with other settings or data, or files but no run, TensorBoard is asked for but missing,
+        there is no such device, or the processes of a group differ in what they were given.
     Interrupted
         On Ctrl-C or SIGTERM, after the last whole epoch is saved to `run_dir`: a `KeyboardInterrupt`.
     """
@@ -748,6 +748,11 @@ def run_name(model: Potential, dataset: Dataset, split: Split, config: FinetuneC
     return f"{data}-{model.name}-{config.recipe}-{config.seed}-{_hash(_describe(model, dataset, split, config))}"
 
 
+def start_hash(model: Potential) -> str:
+    """Return a hash of a start model: name, weights and borrowed elements."""
+    return _hash(_describe_start(model))
+
+
 def _hash(description: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -786,16 +791,20 @@ def _describe(model: Potential, dataset: Dataset, split: Split, config: Finetune
     """Return everything that decides the result, as JSON."""
     digest = hashlib.sha256(json.dumps(split.to_json(), sort_keys=True).encode())
     return {
-        "start_model": {
-            "name": model.name,
-            "fingerprint": model.fingerprint,
-            "element_map": model.element_map,
-            "weights": _weights_hash(model),
-        },
+        "start_model": _describe_start(model),
         "data": {"name": dataset.name, "hash": dataset.hash, "frames": len(dataset)},
         "split": {"hash": digest.hexdigest(), "train": len(split.train), "validation": len(split.validation)},
         # settings that came later stay out where they change nothing, so that runs made before go on
         "config": config.model_dump(exclude=_later_settings(config)),
+    }
+
+
+def _describe_start(model: Potential) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "fingerprint": model.fingerprint,
+        "element_map": model.element_map,
+        "weights": _weights_hash(model),
     }
 
 
@@ -817,11 +826,11 @@ def _weights_hash(model: Potential) -> str:
 
 def _claim(folder: Path, description: dict[str, Any], split: Split) -> None:
     """Write the description of a run into its folder, or check that the one there is the same."""
-    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder, ["run.json"], "a run")
     path = folder / "run.json"
     if not path.exists():
-        write_json(folder / "split.json", split.to_json())
         write_json(path, description)
+        write_json(folder / "split.json", split.to_json())
         return
     try:
         there = json.loads(path.read_text())
@@ -832,6 +841,8 @@ def _claim(folder: Path, description: dict[str, Any], split: Split) -> None:
     if different:
         listed = ", ".join(f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} now)" for key in different[:4])
         raise ConfigError(f"{folder} holds another run: {listed}; choose another run_dir or delete this one")
+    if not (folder / "split.json").exists():
+        write_json(folder / "split.json", split.to_json())  # killed in between
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
