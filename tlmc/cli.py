@@ -44,6 +44,8 @@ TLMC_CACHE_GB: size of all descriptor caches beyond which the oldest go (default
 
 TLMC_REPORTS_DIR: metrics, figures, runs and the report (default: reports/ of the checkout)
 
+TLMC_TRUST_LABELS: 1 is --trust-labels for every command and notebook
+
 TLMC_THREADS: threads that a command and the notebooks it runs may use (default: one per core)
 
 [bold]Exit status[/bold]
@@ -121,6 +123,12 @@ ForcesKey = Annotated[str | None, typer.Option(help="Name of the forces in the f
 CrystalsOnly = Annotated[bool, typer.Option("--crystals-only", help="Leave isolated molecules out.")]
 Recipe = Annotated[str, typer.Option(help="thesis, short, quick, rich, thorough, scratch or frozen.")]
 Units = Annotated[str, typer.Option(help=_UNITS_HELP)]
+TrustLabels = Annotated[
+    bool,
+    typer.Option(
+        "--trust-labels", help="Go on although the start model shows that labels are not those of the frames."
+    ),
+]
 
 
 @app.callback()
@@ -169,6 +177,7 @@ def study(
         Path | None,
         typer.Option(help="A folder of labelled trajectories, 27.traj, 28.traj, ...: notebooks 05 to 09 study them."),
     ] = None,
+    trust_labels: TrustLabels = False,
 ) -> None:
     """Run the notebooks of a profile headless and write the report, reports/index.html.
 
@@ -187,6 +196,9 @@ def study(
     """
     from tlmc.study import run_study
 
+    if trust_labels:
+        # inherited by the kernels of the notebooks
+        os.environ["TLMC_TRUST_LABELS"] = "1"
     parameters = {key: yaml.safe_load(value) for key, value in _pairs(parameter, "--parameter").items()}
     index = run_study(profile, notebook, parameters=parameters, output=output, force=force, data=data)
     out.print(f"report: {index}", soft_wrap=True)
@@ -227,6 +239,7 @@ def finetune(
         int,
         typer.Option(min=1, help="Train with so many processes, which share every batch: cores, or GPUs with cuda."),
     ] = 1,
+    trust_labels: TrustLabels = False,
 ) -> None:
     """Fine-tune a start model on labelled structures and evaluate it on the test part.
 
@@ -253,6 +266,7 @@ def finetune(
     torchrun --nproc-per-node 4 -m tlmc.cli finetune my.extxyz --device cuda --batch-size 64
     """
     from tlmc.experiments import run_experiment
+    from tlmc.label_check import check_labels
     from tlmc.training import distributed
     from tlmc.training.devices import find_device
     from tlmc.training.finetune import recipe as named_recipe
@@ -271,7 +285,7 @@ def finetune(
     if processes > launched:
         # what is wrong with the input is said once, before the processes start
         distributed.check_backend(find_device(device).type)
-        inputs()
+        check_labels(*inputs(), trust=trust_labels)
         status = distributed.launch(processes, ["-m", "tlmc.cli", *ctx.obj])
         if status:
             raise typer.Exit(status)
@@ -281,7 +295,7 @@ def finetune(
             data, model = inputs()
         experiment = run_experiment(
             model, data, config, split=split, study=study_name or "", run_dir=run_dir, tensorboard=tensorboard,
-            device=device, group=group,
+            device=device, group=group, trust_labels=trust_labels,
         )  # fmt: skip
     if not group.is_first:
         return
@@ -313,6 +327,7 @@ def casestudy(
     study_name: Annotated[
         str, typer.Option("--record", metavar="STUDY", help="Name of the record and begin of all file names.")
     ] = "casestudy",
+    trust_labels: TrustLabels = False,
 ) -> None:
     """Fine-tune on each of several crystals: error tables, parity plots and rankings, as in chapter 4 of the thesis.
 
@@ -342,6 +357,7 @@ def casestudy(
         donors={**THESIS_DONORS, **_pairs(mapped, "--map")},
         seeds=tuple(range(seeds)),
         study=study_name,
+        trust_labels=trust_labels,
     )
     table = write_results(
         case,
@@ -386,6 +402,7 @@ def evaluate(
     label: Annotated[
         str, typer.Option(metavar="NAME", help="Name that --record files them under. Default: the model's.")
     ] = "",
+    trust_labels: TrustLabels = False,
 ) -> None:
     """Compare a model's energies and forces with labels.
 
@@ -402,6 +419,7 @@ def evaluate(
     from tlmc.evaluation.comparison import refit_offset
     from tlmc.evaluation.metrics import as_json
     from tlmc.evaluation.records import append_records, rows_from_metrics
+    from tlmc.label_check import check_labels
     from tlmc.potentials.calculator import predict
 
     if study_name and split is None:
@@ -409,6 +427,7 @@ def evaluate(
     data, potential = _load(dataset, energy_key, forces_key, units), _model(model, mapped, borrow)
     if crystals_only:
         data = data.crystals()
+    check_labels(data, potential, trust=trust_labels)
     chosen, fitted_on = data, data
     if split is not None:
         parts = _read_split(split, data)
@@ -508,6 +527,11 @@ def info(
     subject: Annotated[
         str | None, typer.Argument(help="A data set, a file, a start model, or nothing.", show_default=False)
     ] = None,
+    start_model: Annotated[
+        str | None,
+        typer.Option(help="Compare the labels with this model's predictions. Default: ani2xt, if it is here already."),
+    ] = None,
+    mapped: Mapped = None,
 ) -> None:
     """Describe the installation, or a data set, or a model.
 
@@ -516,6 +540,8 @@ def info(
     tlmc info
 
     tlmc info my.extxyz
+
+    tlmc info my.extxyz --start-model ani2x --map Si=C
 
     tlmc info reports/runs/my-run/model.safetensors
     """
@@ -526,7 +552,8 @@ def info(
     elif subject in start_models() or Path(subject).suffix == ".safetensors":
         facts = _model_facts(subject)
     else:
-        facts = _dataset_facts(_load(subject, None, None, "eV"))
+        data = _load(subject, None, None, "eV")
+        facts = _dataset_facts(data) | _against_model(data, start_model, mapped)
     table = Table(Column(no_wrap=True), Column(overflow="fold"), show_header=False, box=None)
     for name, value in facts.items():
         table.add_row(name, escape(value))
@@ -909,6 +936,25 @@ def _dataset_facts(data: Dataset) -> dict[str, str]:
         "force": f"median |F| {np.median(forces):.3f}, largest {forces.max():.3f} eV/A",
         "stress": f"in {sum(stress is not None for stress in data.stresses)} frames",
     }
+
+
+def _against_model(data: Dataset, start_model: str | None, mapped: list[str] | None) -> dict[str, str]:
+    """Compare labels with a start model; without a name with ani2xt, if its weights are here already."""
+    from tlmc.errors import ModelError
+    from tlmc.label_check import check_labels
+    from tlmc.potentials.pretrained import weights_path
+
+    if start_model is None and not weights_path("ani2xt").is_file():
+        return {}
+    model = _model(start_model or "ani2xt", mapped)
+    try:
+        report = check_labels(data, model, trust=True)
+    except ModelError:
+        if start_model is not None:
+            raise
+        lacking = ", ".join(sorted(set(data.elements) - set(model.elements)))
+        return {f"forces against {model.name}": f"not compared: it has no network for {lacking} (--map)"}
+    return {f"forces against {model.name}": report.line}
 
 
 if __name__ == "__main__":
