@@ -28,7 +28,7 @@ from ase.io.formats import UnknownFileTypeError, filetype, get_compression, open
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
-from tlmc.checks import and_others, check_dataset
+from tlmc.checks import and_others, check_dataset, check_unconstrained
 from tlmc.downloads import describe, first_to_answer
 from tlmc.errors import DataError
 from tlmc.files import sha256_file
@@ -301,6 +301,7 @@ def dataset_from_frames(
         level_of_theory=level_of_theory,
         frame_numbers=np.arange(len(frames)),
     )
+    check_unconstrained(frames, dataset)
     check_dataset(dataset)
     return dataset
 

@@ -179,9 +179,10 @@ def _calculate(frame: Atoms, calculator: BaseCalculator) -> _Label:
     frame = frame.copy()
     frame.calc = calculator
     try:
-        energy = float(frame.get_potential_energy())
-        forces = frame.get_forces()
-        stress = frame.get_stress() if frame.pbc.all() else None
+        # labels are what the method says of free atoms, whatever the structure is constrained to
+        energy = float(frame.get_potential_energy(apply_constraint=False))
+        forces = frame.get_forces(apply_constraint=False)
+        stress = frame.get_stress(apply_constraint=False) if frame.pbc.all() else None
     except CalculatorSetupError as error:
         raise ConfigError(f"calculator {type(calculator).__name__} cannot be set up: {error}") from error
     except (RuntimeError, ArithmeticError, CalledProcessError) as error:

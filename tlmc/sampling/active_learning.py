@@ -137,7 +137,9 @@ class CalculatorPool:
         else:
             copy = frame.copy()
             copy.calc = self.calculator
-            label = {"energy": float(copy.get_potential_energy()), "forces": copy.get_forces().tolist()}
+            # labels are those of free atoms, whatever the structure is constrained to
+            energy = float(copy.get_potential_energy(apply_constraint=False))
+            label = {"energy": energy, "forces": copy.get_forces(apply_constraint=False).tolist()}
             self.calls += 1
             if not (np.isfinite(label["energy"]) and np.isfinite(label["forces"]).all()):
                 raise DataError(f"{frame.get_chemical_formula()}: {self.name} returned a label that is not finite")

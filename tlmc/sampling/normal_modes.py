@@ -72,6 +72,7 @@ def hessian(frame: Atoms, calculator: BaseCalculator, step: float = 0.01) -> Flo
     if not step > 0:
         raise ConfigError(f"the step of a finite difference must be positive, got {step} Angstrom")
     moved = frame.copy()
+    moved.set_constraint()  # which would keep atoms where they are and make their forces zero
     moved.calc = calculator
     rows = []
     for k in range(3 * len(frame)):
