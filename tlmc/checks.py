@@ -351,7 +351,7 @@ def _zeroed_forces(dataset: Dataset) -> _Problems:
         (
             k,
             f"has forces along {axis} that are exactly zero on {_atoms(dataset.frames[k], atoms)} and add up to "
-            f"{net:.3g} eV/A over all, where true forces add up to nearly zero: constraints have changed them; train on "
+            f"{net:.3g} eV/A, where true forces add up to nearly zero: constraints have changed them; train on "
             "the forces as computed (in ASE get_forces(apply_constraint=False), in other codes with all atoms free)",
         )
         for net, k, axis, atoms in sorted(found, key=lambda one: -one[0])

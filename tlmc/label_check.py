@@ -217,16 +217,15 @@ def _compare(dataset: Dataset, model: Potential) -> LabelReport:
     indices = _chosen(dataset)
     sample = _sampled(dataset, model, indices)
     overall = _match(sample.lively() if len(sample.lively().indices) else sample)
-    parts = [sample]
+    finding, certain = _finding(dataset, model, sample)
     compositions = by_composition(dataset.frames[k] for k in indices)
     if len(compositions) > 1:
-        # one molecule's labels may be wrong among those of many
-        parts += [sample.among(members) for members in compositions if len(members) > _CERTAIN_FRAMES]
-    finding, certain = "", False
-    for part in parts:
-        sentence, proven = _finding(dataset, model, part)
-        if (sentence and not finding) or (proven and not certain):
-            finding, certain = sentence, proven
+        # one molecule's labels may be wrong among those of many, which says more than what is wrong on average
+        parts = [sample.among(members) for members in compositions if len(members) >= _CERTAIN_FRAMES]
+        found = [_finding(dataset, model, part) for part in parts]
+        proven = [one for one in found if one[1]]
+        if proven and (not certain or any(not sentence for sentence, _ in found)):
+            finding, certain = proven[0]
     if not finding:
         finding, certain = _energy_finding(dataset, model, sample)
     if finding:
@@ -363,6 +362,8 @@ def _in_other_lengths(dataset: Dataset, model: Potential, sample: _Sample) -> It
     """Yield the frames as given, and with other units of length where these give ordinary distances."""
     yield "", "", sample
     frames = [dataset.frames[k] for k in sample.indices]
+    if not frames:
+        return
     periodic = any(frame.pbc.any() for frame in frames)
     changes = {"positions and cell": (True, True), "positions": (True, False), "cell": (False, True)}
     for name, factor in _LENGTH_UNITS.items():
@@ -608,11 +609,12 @@ def _energy_finding(dataset: Dataset, model: Potential, sample: _Sample) -> tupl
             ), True
         for step in (step for distance in range(1, _SHIFTS + 1) for step in (-distance, distance)):
             pairs = _partners(dataset, part, step)
-            if given > _AGREES - _BETTER or len(pairs) < _ENERGY_FRAMES:
+            if len(pairs) < _ENERGY_FRAMES:
                 continue
             positions, others = np.array(pairs).T
             shifted = _correlation(energies[positions], dataset.energies[others])
-            if shifted > _FITS_WELL:
+            # sets that are sorted in some way have alike energies beside each other
+            if shifted > _FITS_WELL and 1 - shifted**2 < _SHIFT_RESIDUAL * (1 - given**2) and shifted > given:
                 return (
                     f"the energies are shifted by {abs(step)} frame{'s' if abs(step) > 1 else ''} against the forces "
                     f"(correlation with {model.name} {given:.2f}, {shifted:.2f} with that undone; {len(pairs)} "
