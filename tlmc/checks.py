@@ -53,7 +53,7 @@ _OF_BONDS, _OF_CENTRES = (FixBondLengths, FixInternals, FixLinearTriatomic), (Fi
 _FIXING = ("mask", "fix", "froze", "freeze", "constrain", "selective", "moveable", "movable")
 # eV/A: the sum of a frame's forces that constraints leave at least where atoms are marked; that proves changed forces
 # beside exact zeros; and that is worth a word, since forces add up to zero but for a few meV/A per atom.
-_NET_FORCE, _NET_FORCE_WITH_ZEROS, _LARGE_NET_FORCE = 0.05, (0.1, 0.01), (0.1, 0.02)
+_NET_FORCE, _NET_FORCE_WITH_ZEROS, _LARGE_NET_FORCE = 0.05, (0.1, 0.01), (0.2, 0.02)
 
 # A problem is the index of a frame in the data set and what is wrong with it.
 _Problems = list[tuple[int, str]]
