@@ -33,6 +33,7 @@ from tlmc.evaluation.ranking import packing_energies, ranking_table
 from tlmc.evaluation.records import append_records, identity, rows_from_metrics
 from tlmc.experiments import Experiment, run_experiment
 from tlmc.files import write_json, write_text
+from tlmc.label_check import check_labels
 from tlmc.labelled import Dataset
 from tlmc.labelling.molecules import formula_unit
 from tlmc.outcomes import dataset_facts
@@ -185,7 +186,8 @@ class CaseStudy:
     Raises
     ------
     DataError, ModelError, ConfigError
-        If there is no crystal, a set is too small to split, an element has no donor, or a setting is wrong.
+        If there is no crystal, a set is too small to split, an element has no donor, a setting is wrong, or labels
+        cannot be those of their frames (:func:`tlmc.label_check.check_labels`).
     """
 
     start: Potential
@@ -205,6 +207,8 @@ class CaseStudy:
     """File test errors under this name in ``metrics/summary.parquet``, those with packings left out under the name and
     ``, packings left out 1 of 2``; empty for no record."""
     progress: bool | None = None
+    trust_labels: bool = False
+    """As in :func:`tlmc.experiments.run_experiment`."""
 
     def __post_init__(self) -> None:
         """Check everything that can be checked before a training starts."""
@@ -216,6 +220,9 @@ class CaseStudy:
             for model in self.models(dataset).values():
                 for frame in dataset.frames:
                     model.species(frame)
+        for dataset in self.crystals:
+            for model in self.models(dataset).values():
+                check_labels(dataset, model, trust=self.trust_labels)
 
     def config(self, suffix: str, seed: int) -> FinetuneConfig:
         """Return the settings of a training, filed under the recipe's name and what else it is."""
@@ -253,6 +260,7 @@ class CaseStudy:
                         split=self.split(dataset, seed),
                         study=self.study,
                         progress=self.progress,
+                        trust_labels=self.trust_labels,
                     )
         return experiments
 
@@ -368,7 +376,10 @@ class CaseStudy:
             config = self.config(", ".join(filter(None, (way, fold_name))), seed)
             # its test part is another one, and so is its study: the two are not to be compared
             study = self.study and f"{self.study}, {fold_name}"
-            experiment = run_experiment(model, dataset, config, split=parts, study=study, progress=self.progress)
+            experiment = run_experiment(
+                model, dataset, config, split=parts, study=study, progress=self.progress,
+                trust_labels=self.trust_labels,
+            )  # fmt: skip
             tuned.add(parts.test, experiment.stages[config.recipe].predictions)
         answers = {START: predict(model, dataset.frames), TUNED: tuned.predictions()}
         return packing_energies(dataset, answers, n_molecules(dataset), groups, "lowest")

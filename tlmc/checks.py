@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from ase import Atoms
+from ase.constraints import (
+    FixAtoms,
+    FixBondLengths,
+    FixCartesian,
+    FixCom,
+    FixedLine,
+    FixedPlane,
+    FixInternals,
+    FixLinearTriatomic,
+    FixScaled,
+    FixSubsetCom,
+)
 from ase.data import chemical_symbols, covalent_radii
 from ase.stress import voigt_6_to_full_3x3_stress
+from numpy.typing import NDArray
 
 from tlmc.errors import DataError
 from tlmc.geometry import box, contacts
@@ -36,6 +51,15 @@ _SAME_PLACE, _BOND = 1e-5, 1.0
 _WORK_NEIGHBOURS, _WORK_STRAIN, _WORK_DISPLACEMENT = 20, 0.02, 0.6
 _WORK_PAIRS, _WORK_CORRELATION, _WORK_SLOPES = 50, 0.7, (0.5, 1.6)
 
+# Constraints that change the forces of single atoms, of bonds and angles, and of a centre of mass.
+_OF_ATOMS = (FixAtoms, FixCartesian, FixScaled, FixedLine, FixedPlane)
+_OF_BONDS, _OF_CENTRES = (FixBondLengths, FixInternals, FixLinearTriatomic), (FixCom, FixSubsetCom)
+# Words in the names of columns that say which atoms are fixed, where ASE makes no constraint of them.
+_FIXING = ("mask", "fix", "froze", "freeze", "constrain", "selective", "moveable", "movable")
+# eV/A: the sum of a frame's forces that constraints leave at least where atoms are marked; that proves changed forces
+# beside exact zeros; and that is worth a word, since forces add up to zero but for a few meV/A per atom.
+_NET_FORCE, _NET_FORCE_WITH_ZEROS, _LARGE_NET_FORCE = 0.05, (0.1, 0.01), (0.2, 0.02)
+
 # A problem is the index of a frame in the data set and what is wrong with it.
 _Problems = list[tuple[int, str]]
 
@@ -45,9 +69,10 @@ def check_dataset(dataset: Dataset) -> None:
 
     In this order: no frames, no atoms; shapes of labels; NaN or infinity; a cell that is missing or has no volume;
     atoms that overlap, images included; energies that no such atoms can have; forces that cannot be eV/Angstrom (too
-    large, or doing another work than the energies say); equal geometries with different labels or charge states. Equal
-    geometries with equal labels are logged, and kept in one part by `split_dataset`; so are charge states that differ
-    between geometries, which a model that knows no charge cannot tell apart.
+    large, or doing another work than the energies say), or that are exactly zero on some atoms and do not add up to
+    zero; equal geometries with different labels or charge states. A large sum of forces is logged, and so are equal
+    geometries with equal labels, which `split_dataset` keeps in one part, and charge states that differ between
+    geometries, which a model that knows no charge cannot tell apart.
 
     Raises
     ------
@@ -66,8 +91,105 @@ def check_dataset(dataset: Dataset) -> None:
     )  # fmt: skip
     for check in checks:
         _refuse(dataset, check(dataset))
+    _refuse(dataset, _zeroed_forces(dataset))
+    _warn_of_net_forces(dataset)
     _check_duplicates(dataset)
     _warn_of_missing_cells(dataset)
+
+
+def check_unconstrained(frames: Sequence[Atoms], dataset: Dataset) -> None:
+    """Refuse forces that constraints have changed; a file that marks fixed atoms and has their true forces passes.
+
+    Which atoms are fixed is told by ASE's constraints, or by a column such as ``move_mask``. Constrained forces do not
+    change when the constraint is applied once more.
+
+    Parameters
+    ----------
+    frames
+        As read, with constraints and columns, in the order of the data set.
+    dataset
+        The same frames with the labels that would be trained on.
+
+    Raises
+    ------
+    DataError
+        Naming the frame, the atoms and the sum of the forces, and how to get unconstrained ones.
+    """
+    found = []
+    for k, frame in enumerate(frames):
+        forces = dataset.forces[k]
+        if forces.shape != (len(frame), 3) or not np.isfinite(forces).all():
+            continue  # what is wrong is said by `check_dataset`
+        net = float(np.linalg.norm(forces.sum(axis=0)))
+        for marked, what in _marked(frame, forces):
+            others = np.delete(forces, marked, axis=0)
+            # where one atom is fixed, forces that add up to zero show that its own is zero; at rest all are
+            if (others.any() if len(others) else forces.any()) and (len(marked) > 1 or net > _NET_FORCE):
+                found.append((net, k, f"{what.format(_atoms(frame, marked))}; they add up to {net:.3g} eV/A"))
+    _refuse(
+        dataset,
+        [
+            (
+                k,
+                f"has forces that constraints have changed: {sentence}; train on the forces as computed (in ASE "
+                "get_forces(apply_constraint=False), in other codes with all atoms free)",
+            )
+            for _, k, sentence in sorted(found, key=lambda one: -one[0])
+        ],
+    )
+
+
+def _marked(frame: Atoms, forces: NDArray[np.float64]) -> Iterator[tuple[NDArray[np.int64], str]]:
+    """Yield atoms whose forces are as some constraint leaves them, and a phrase about them."""
+    for constraint in frame.constraints:
+        name = type(constraint).__name__
+        if not isinstance(constraint, _OF_ATOMS + _OF_BONDS + _OF_CENTRES):
+            continue
+        again = forces.copy()
+        constraint.adjust_forces(frame, again)
+        atoms = np.arange(len(frame))
+        if not isinstance(constraint, FixCom):
+            atoms = np.unique(np.asarray(constraint.get_indices(), dtype=np.int64))  # type: ignore[no-untyped-call]
+        if np.abs(again - forces).max(initial=0.0) > 1e-6 + 1e-5 * np.abs(forces).max(initial=0.0):
+            continue
+        if isinstance(constraint, _OF_CENTRES):
+            # symmetry can keep the centre of mass at rest, too
+            if np.linalg.norm(forces.sum(axis=0)) > _NET_FORCE:
+                yield atoms, f"they are as {name} leaves them on {{}}"
+        elif isinstance(constraint, _OF_BONDS) or not _flat(frame, constraint):
+            zeros = "they are exactly zero on {}, which are fixed"
+            yield atoms, zeros if isinstance(constraint, FixAtoms) else f"they are as {name} leaves them on {{}}"
+    zero = forces == 0
+    for name, column in frame.arrays.items():
+        if not any(word in name.lower() for word in _FIXING) or column.shape not in ((len(frame),), (len(frame), 3)):
+            continue
+        zeros = zero if column.ndim == 2 else zero.all(axis=1)
+        if (
+            zeros.any()
+            and not zeros.all()
+            and any(np.array_equal(column == value, zeros) for value in np.unique(column))
+        ):
+            marked = np.flatnonzero(zeros if column.ndim == 1 else zeros.any(axis=1))
+            yield marked, f"they are exactly zero on {{}}, which the column {name} marks"
+
+
+def _flat(frame: Atoms, constraint: object) -> bool:
+    """Tell whether all atoms lie in a plane or line normal to the fixed directions: so does symmetry fix them."""
+    if isinstance(constraint, FixAtoms):
+        return False
+    removed = []
+    for axis in np.eye(3):
+        field = np.tile(axis, (len(frame), 1))
+        constraint.adjust_forces(frame, field)  # type: ignore[attr-defined]
+        removed.append(axis - field)
+    directions = np.array(removed).transpose(1, 0, 2).reshape(-1, 3)
+    directions = directions[np.linalg.norm(directions, axis=1) > 1e-6]
+    return bool(np.ptp(frame.positions @ directions.T, axis=0).max(initial=0.0) < 1e-3)
+
+
+def _atoms(frame: Atoms, indices: NDArray[np.int64]) -> str:
+    listed = ", ".join(f"{k} ({frame.symbols[k]})" for k in indices[:3])
+    return f"{len(indices)} of {len(frame)} atoms ({listed}{', ...' if len(indices) > 3 else ''})"
 
 
 def require_crystals(dataset: Dataset) -> None:
@@ -221,6 +343,46 @@ def _impossible_force(dataset: Dataset) -> _Problems:
             for k, atom, value in largest
         ]
     return problems or _forces_without_work(dataset)
+
+
+def _zeroed_forces(dataset: Dataset) -> _Problems:
+    """Find forces that are exactly zero on some atoms while the others do not add up to zero: fixed atoms, unmarked."""
+    found = []
+    for k, forces in enumerate(dataset.forces):
+        zero, net = forces == 0, np.abs(forces.sum(axis=0))
+        whole = zero.all(axis=1)
+        base, per_atom = _NET_FORCE_WITH_ZEROS
+        for axis in np.flatnonzero(net > max(base, per_atom * len(forces))):
+            # a rounded component may be zero by chance, all three of an atom or those of several atoms are not
+            atoms = np.flatnonzero(zero[:, axis])
+            if (whole.any() or len(atoms) > max(2, len(forces) // 10)) and len(atoms) < len(forces):
+                found.append((float(net[axis]), k, "xyz"[axis], atoms))
+    return [
+        (
+            k,
+            f"has forces along {axis} that are exactly zero on {_atoms(dataset.frames[k], atoms)} and add up to "
+            f"{net:.3g} eV/A, where true forces add up to nearly zero: constraints have changed them; train on "
+            "the forces as computed (in ASE get_forces(apply_constraint=False), in other codes with all atoms free)",
+        )
+        for net, k, axis, atoms in sorted(found, key=lambda one: -one[0])
+    ]
+
+
+def _warn_of_net_forces(dataset: Dataset) -> None:
+    net = np.array([np.linalg.norm(forces.sum(axis=0)) for forces in dataset.forces])
+    base, per_atom = _LARGE_NET_FORCE
+    large = np.flatnonzero(net > np.maximum(base, per_atom * dataset.n_atoms))
+    if len(large):
+        worst = large[net[large].argmax()]
+        logger.warning(
+            "%s: the forces of frame %d add up to %.3g eV/A%s, where those of %d atoms should to nearly zero: no "
+            "model of interatomic forces can learn that; are atoms fixed, outside the file, or in an external field?",
+            dataset.source,
+            dataset.frame_numbers[worst],
+            net[worst],
+            and_others(len(large)),
+            dataset.n_atoms[worst],
+        )
 
 
 def _forces_without_work(dataset: Dataset) -> _Problems:

@@ -48,6 +48,8 @@ TLMC_REPORTS_DIR: metrics, figures, runs and the report (default: reports/ of th
 
 TLMC_KERNELS: off to compute with torch operations alone, without the compiled kernels (default: on)
 
+TLMC_TRUST_LABELS: 1 is --trust-labels for every command and notebook
+
 TLMC_THREADS: threads that a command and the notebooks it runs may use (default: one per core)
 
 [bold]Exit status[/bold]
@@ -138,6 +140,12 @@ CrystalsOnly = Annotated[
 ]
 Recipe = Annotated[str, typer.Option(help="thesis, short, quick, rich, thorough, scratch or frozen.")]
 Units = Annotated[str | None, typer.Option(help=_UNITS_HELP)]
+TrustLabels = Annotated[
+    bool,
+    typer.Option(
+        "--trust-labels", help="Go on although the start model shows that labels are not those of the frames."
+    ),
+]
 
 
 @app.callback()
@@ -186,6 +194,7 @@ def study(
         Path | None,
         typer.Option(help="A folder of labelled trajectories, 27.traj, 28.traj, ...: notebooks 05 to 09 study them."),
     ] = None,
+    trust_labels: TrustLabels = False,
 ) -> None:
     """Run the notebooks of a profile headless and write the report, reports/index.html.
 
@@ -204,6 +213,9 @@ def study(
     """
     from tlmc.study import run_study
 
+    if trust_labels:
+        # inherited by the kernels of the notebooks
+        os.environ["TLMC_TRUST_LABELS"] = "1"
     parameters = {key: yaml.safe_load(value) for key, value in _pairs(parameter, "--parameter").items()}
     index = run_study(profile, notebook, parameters=parameters, output=output, force=force, data=data)
     out.print(f"report: {index}", soft_wrap=True)
@@ -246,6 +258,7 @@ def finetune(
         int,
         typer.Option(min=1, help="Train with so many processes, which share every batch: cores, or GPUs with cuda."),
     ] = 1,
+    trust_labels: TrustLabels = False,
 ) -> None:
     """Fine-tune a start model on labelled structures and evaluate it on the test part.
 
@@ -273,6 +286,7 @@ def finetune(
     torchrun --nproc-per-node 4 -m tlmc.cli finetune my.extxyz --device cuda --batch-size 64
     """
     from tlmc.experiments import run_experiment
+    from tlmc.label_check import check_labels
     from tlmc.splits import only_crystals
     from tlmc.training import distributed
     from tlmc.training.devices import find_device
@@ -292,7 +306,7 @@ def finetune(
     if processes > launched:
         # what is wrong with the input is said once, before the processes start
         distributed.check_backend(find_device(device).type)
-        inputs()
+        check_labels(*inputs(), trust=trust_labels)
         status = distributed.launch(processes, ["-m", "tlmc.cli", *ctx.obj])
         if status:
             raise typer.Exit(status)
@@ -302,7 +316,7 @@ def finetune(
             data, model = inputs()
         experiment = run_experiment(
             model, data, config, split=split, study=study_name or "", run_dir=run_dir, tensorboard=tensorboard,
-            device=device, group=group,
+            device=device, group=group, trust_labels=trust_labels,
         )  # fmt: skip
     if not group.is_first:
         return
@@ -335,6 +349,7 @@ def casestudy(
     study_name: Annotated[
         str, typer.Option("--record", metavar="STUDY", help="Name of the record and begin of all file names.")
     ] = "casestudy",
+    trust_labels: TrustLabels = False,
 ) -> None:
     """Fine-tune on each of several crystals: error tables, parity plots and rankings, as in chapter 4 of the thesis.
 
@@ -364,6 +379,7 @@ def casestudy(
         donors={**THESIS_DONORS, **_pairs(mapped, "--map")},
         seeds=tuple(range(seeds)),
         study=study_name,
+        trust_labels=trust_labels,
     )
     table = write_results(
         case,
@@ -409,6 +425,7 @@ def evaluate(
     label: Annotated[
         str, typer.Option(metavar="NAME", help="Name that --record files them under. Default: the model's.")
     ] = "",
+    trust_labels: TrustLabels = False,
 ) -> None:
     """Compare a model's energies and forces with labels.
 
@@ -425,6 +442,7 @@ def evaluate(
     from tlmc.evaluation.comparison import refit_offset
     from tlmc.evaluation.metrics import as_json
     from tlmc.evaluation.records import UNKNOWN, append_records, identity, rows_from_metrics
+    from tlmc.label_check import check_labels
     from tlmc.potentials.calculator import predict
     from tlmc.splits import only_crystals
     from tlmc.training.finetune import start_hash
@@ -437,6 +455,7 @@ def evaluate(
     start = start_hash(potential)  # of a published model; what a fine-tuned one began with, its file does not say
     if crystals_only:
         data = only_crystals(data)
+    check_labels(data, potential, trust=trust_labels)
     chosen, fitted_on = data, data
     if split is not None:
         parts = _read_split(split, data)
@@ -563,6 +582,11 @@ def info(
     forces_key: ForcesKey = None,
     stress_key: StressKey = None,
     units: Units = None,
+    start_model: Annotated[
+        str | None,
+        typer.Option(help="Compare the labels with this model's predictions. Default: ani2xt, if it is here already."),
+    ] = None,
+    mapped: Mapped = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines: one JSON object, of a model in full.")] = False,
 ) -> None:
     """Describe the installation, or a data set, or a model.
@@ -579,6 +603,8 @@ def info(
     tlmc info my.extxyz
 
     tlmc info my.extxyz --energy-key REF_energy --forces-key REF_forces --stress-key REF_virial
+
+    tlmc info my.extxyz --start-model ani2x --map Si=C
 
     tlmc info reports/runs/my-run/model.safetensors
 
@@ -597,7 +623,8 @@ def info(
         known = model_facts(subject)
         facts = known if as_json else model_page(known)
     else:
-        facts = _dataset_facts(_load(subject, energy_key, forces_key, stress_key, units))
+        data = _load(subject, energy_key, forces_key, stress_key, units)
+        facts = _dataset_facts(data) | _against_model(data, start_model, mapped)
     if as_json:
         out.print(json.dumps(facts, indent=2), soft_wrap=True, highlight=False, markup=False)
         return
@@ -1020,6 +1047,25 @@ def _dataset_facts(data: Dataset) -> dict[str, str]:
         "stress": f"in {sum(stress is not None for stress in data.stresses)} frames",
         **more,
     }
+
+
+def _against_model(data: Dataset, start_model: str | None, mapped: list[str] | None) -> dict[str, str]:
+    """Compare labels with a start model; without a name with ani2xt, if its weights are here already."""
+    from tlmc.errors import ModelError
+    from tlmc.label_check import check_labels
+    from tlmc.potentials.pretrained import weights_path
+
+    if start_model is None and not weights_path("ani2xt").is_file():
+        return {}
+    model = _model(start_model or "ani2xt", mapped)
+    try:
+        report = check_labels(data, model, trust=True)
+    except ModelError:
+        if start_model is not None:
+            raise
+        lacking = ", ".join(sorted(set(data.elements) - set(model.elements)))
+        return {f"forces against {model.name}": f"not compared: it has no network for {lacking} (--map)"}
+    return {f"forces against {model.name}": report.line}
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from ase import Atoms
 from ase.data import atomic_numbers
 from ase.io.formats import UnknownFileTypeError, filetype, get_compression, open_with_compression
 
-from tlmc.checks import and_others, check_dataset
+from tlmc.checks import and_others, check_dataset, check_unconstrained
 from tlmc.convergence import read_convergence
 from tlmc.downloads import describe, first_to_answer
 from tlmc.errors import DataError
@@ -360,6 +360,7 @@ def _dataset(
         frame_numbers=np.array(kept),
         free_atoms=_free_atoms(frames, atoms, source, names, units),
     )
+    check_unconstrained(chosen, dataset)
     check_dataset(dataset)
     return dataset
 

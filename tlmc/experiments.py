@@ -20,6 +20,7 @@ from tlmc.evaluation.comparison import Stage, before_and_after, rows_from_stages
 from tlmc.evaluation.metrics import as_json, evaluate
 from tlmc.evaluation.records import NAMES, append_records, identity, rows_from_metrics
 from tlmc.files import write_json, write_text
+from tlmc.label_check import check_labels
 from tlmc.labelled import Dataset
 from tlmc.paths import reports_dir
 from tlmc.potentials.calculator import predict
@@ -73,6 +74,7 @@ def run_experiment(
     tensorboard: bool = False,
     device: str = "cpu",
     group: Group | None = None,
+    trust_labels: bool = False,
 ) -> Experiment:
     """Fine-tune on the training part, evaluate on the test part; an unfinished run goes on, a finished one is read.
 
@@ -92,6 +94,9 @@ def run_experiment(
     progress, tensorboard, device, group
         As in :func:`tlmc.training.finetune.finetune`. Of a group, only the first process evaluates and records; the
         others return without stages.
+    trust_labels
+        Go on with a warning where the start model shows that the labels cannot be those of the frames
+        (:func:`tlmc.label_check.check_labels`).
 
     Raises
     ------
@@ -101,6 +106,8 @@ def run_experiment(
         On Ctrl-C or SIGTERM; the same call goes on.
     """
     parts = split if isinstance(split, Split) else split_dataset(dataset, method=split, seed=config.seed)
+    # every process of a group finds the same, only the first is heard
+    check_labels(dataset, model, trust=trust_labels)
     if n_train:
         parts = shrunk(parts, n_train, config.seed, dataset)
     folder = run_dir or reports_dir() / "runs" / run_name(model, dataset, parts, config)
@@ -170,6 +177,7 @@ def run_recipes(
     first_seed: int = 0,
     study: str = "",
     progress: bool | None = None,
+    trust_labels: bool = False,
     **changes: Any,
 ) -> list[Experiment]:
     """Run every recipe with ``n_seeds`` seeds from ``first_seed`` on, in the order recipes, then seeds.
@@ -184,7 +192,7 @@ def run_recipes(
         Splits and trainings per recipe; a difference smaller than the spread over seeds says nothing.
     first_seed
         Of the first of them.
-    study, progress
+    study, progress, trust_labels
         As in :func:`run_experiment`.
     **changes
         Settings that differ from the recipes, e.g. ``epochs=5``.
@@ -195,7 +203,9 @@ def run_recipes(
     experiments = []
     for config in configs:
         _LOG.info("%s on %s, seed %d", config.recipe, dataset.name, config.seed)
-        experiments.append(run_experiment(model, dataset, config, study=study, progress=progress))
+        experiments.append(
+            run_experiment(model, dataset, config, study=study, progress=progress, trust_labels=trust_labels)
+        )
     return experiments
 
 
@@ -236,6 +246,7 @@ def convergence(
     share: float = 1.0,
     split: SplitMethod = "random",
     progress: bool | None = None,
+    trust_labels: bool = False,
 ) -> pd.DataFrame:
     """Train with several settings and tell how the validation error falls with the processor time spent.
 
@@ -254,7 +265,7 @@ def convergence(
         ``{"ridge, batch 8": {"warm_start": "ridge", "batch_size": 8, "lr": 6e-4}}``.
     share
         Part of each setting's epochs (rounded, at least one) to train, for a trial of the whole; schedules end with it.
-    split, progress
+    split, progress, trust_labels
         As in :func:`run_experiment`.
 
     Raises
@@ -269,6 +280,8 @@ def convergence(
         ``validation_force_rmse_vector`` (eV/A) and ``validation_energy_rmse_per_atom`` (eV/atom).
     """
     configs = {name: _shortened(setting, share) for name, setting in settings.items()}
+    for dataset in datasets:
+        check_labels(dataset, model, trust=trust_labels)
     runs = [
         (dataset, name, config.model_copy(update={"seed": seed}))
         for seed in range(first_seed, first_seed + n_seeds)

@@ -33,6 +33,14 @@ def element_counts(frames: Iterable[Atoms]) -> dict[str, int]:
     return {chemical_symbols[number]: counts[number] for number in sorted(counts)}
 
 
+def by_composition(frames: Iterable[Atoms]) -> list[NDArray[np.int64]]:
+    """Return the places of frames that have the same atoms in the same order, for each such list, first come first."""
+    groups: defaultdict[bytes, list[int]] = defaultdict(list)
+    for k, frame in enumerate(frames):
+        groups[frame.numbers.tobytes()].append(k)
+    return [np.array(members, dtype=np.int64) for members in groups.values()]
+
+
 def frame_hash(frame: Atoms) -> str:
     """Return the SHA-256 of a geometry: elements, periodicity, cell and positions, to the last bit; no labels."""
     parts = (frame.numbers.astype("<i8"), frame.pbc.astype("u1"))

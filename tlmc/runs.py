@@ -56,6 +56,8 @@ class Run(BaseModel):
     split: SplitMethod = "random"
     seed: int = Field(0, ge=0)
     """Of split, training and choice of training frames."""
+    trust_labels: bool = False
+    """Train on labels that the start model shows to be wrong (:func:`tlmc.label_check.check_labels`)."""
 
     @property
     def name(self) -> str:
@@ -108,8 +110,9 @@ def execute(run: Run, study: str = "", progress: bool | None = None, device: str
     config = run.config
     start, model, dataset = _prepared(run, only_crystals)
     experiment = run_experiment(
-        model, dataset, config, split=run.split, n_train=run.n_train, study=study, progress=progress, device=device
-    )
+        model, dataset, config, split=run.split, n_train=run.n_train, study=study, progress=progress, device=device,
+        trust_labels=run.trust_labels,
+    )  # fmt: skip
     if study:
         result = experiment.result
         metrics = forgetting(start, result.potential, isolated_molecules(dataset.elements, "held out"))

@@ -97,8 +97,7 @@ def hessian(frame: Atoms, calculator: BaseCalculator | Potential, step: float | 
     if not step > 0:
         raise ConfigError(f"the step of a finite difference must be positive, got {step} Angstrom")
     moved = frame.copy()
-    # an atom that is held in place would neither move nor feel a force
-    moved.set_constraint()
+    moved.set_constraint()  # an atom that is held in place would neither move nor feel a force
     moved.calc = calculator
     rows = []
     for k in range(3 * len(frame)):

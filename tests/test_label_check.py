@@ -1,0 +1,345 @@
+"""Every mistake is made in a right set: the same test shows that right labels pass and that wrong ones are named."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from ase import Atoms, units
+from ase.build import molecule
+from scipy.spatial.transform import Rotation
+from typer.testing import CliRunner
+
+from tlmc.casestudy import CaseStudy
+from tlmc.cli import app
+from tlmc.datasets import load_dataset
+from tlmc.errors import DataError
+from tlmc.experiments import convergence, run_experiment
+from tlmc.label_check import check_labels, with_checked_stresses
+from tlmc.labelled import Dataset
+from tlmc.potentials import THESIS_DONORS, Potential, predict, relabel, scratch, with_elements
+from tlmc.training.finetune import recipe
+from tlmc.units import BOHR, HARTREE, KCAL_PER_MOL
+
+Change = Callable[[Dataset], Dataset]
+
+
+@pytest.fixture(scope="module")
+def crystals() -> Dataset:
+    """Forty frames of one crystal, labelled by GFN2-xTB."""
+    return thinned(load_dataset("naphthalene").crystals(), 3)
+
+
+@pytest.fixture(scope="module")
+def ethanol() -> Dataset:
+    return thinned(load_dataset("ethanol"), 25)
+
+
+def thinned(data: Dataset, step: int) -> Dataset:
+    """Return a set as if a file held these frames only."""
+    few = data.subset(np.arange(0, len(data) - step + 1, step))
+    return replace(few, frame_numbers=np.arange(len(few)))
+
+
+def scaled(energy: float, force: float) -> Change:
+    return lambda data: replace(
+        data, energies=data.energies * energy, forces=tuple(forces * force for forces in data.forces)
+    )
+
+
+def ordered(order: Callable[[int], Sequence[int]]) -> Change:
+    def change(data: Dataset) -> Dataset:
+        new = order(len(data))
+        return replace(data, energies=data.energies[new], forces=tuple(data.forces[k] for k in new))
+
+    return change
+
+
+def shifted(step: int) -> Change:
+    return ordered(lambda n: np.roll(np.arange(n), step))
+
+
+def moved(factor: float, with_cell: bool = True) -> Change:
+    def change(data: Dataset) -> Dataset:
+        frames = [frame.copy() for frame in data.frames]
+        for frame in frames:
+            frame.positions *= factor
+            frame.cell *= factor if with_cell else 1.0
+        return replace(data, frames=tuple(frames))
+
+    return change
+
+
+def turned(data: Dataset) -> Dataset:
+    """Turn the positions of every frame otherwise, as a standard orientation does."""
+    frames = []
+    for frame, turn in zip(data.frames, Rotation.random(len(data), rng=1).as_matrix(), strict=True):
+        frames.append(Atoms(frame.numbers, frame.positions @ turn, cell=frame.cell.array @ turn, pbc=frame.pbc))
+    return replace(data, frames=tuple(frames))
+
+
+def with_columns(columns: list[int]) -> Change:
+    return lambda data: replace(data, forces=tuple(forces[:, columns] for forces in data.forces))
+
+
+def other_atoms(data: Dataset) -> Dataset:
+    order = np.random.default_rng(3).permutation(data.n_atoms[0])
+    return replace(data, forces=tuple(forces[order] for forces in data.forces))
+
+
+def both(first: Change, second: Change) -> Change:
+    return lambda data: second(first(data))
+
+
+def one_in_four(n: int) -> Sequence[int]:
+    order = np.arange(n)
+    order[::4] = np.roll(order[::4], 1)
+    return order
+
+
+KCAL = 1 / KCAL_PER_MOL
+WRONG: dict[str, tuple[Change, str]] = {
+    "labels of the frame before": (shifted(1), "labels are shifted by 1 frame, those of frame .* stand at"),
+    "labels of three frames on": (shifted(-3), "labels are shifted by 3 frames"),
+    "any order": (ordered(lambda n: np.random.default_rng(5).permutation(n)), "labels are in another order than"),
+    "backwards": (ordered(lambda n: np.arange(n)[::-1]), "labels are in another order than frames"),
+    "a quarter": (
+        ordered(one_in_four),
+        "those of others: the labels of frame|in another order",
+    ),
+    "gradients": (scaled(1, -1), "their sign is reversed, as that of gradients is; multiply the forces by -1"),
+    "kcal/mol": (scaled(KCAL, KCAL), "as if in kcal/mol/Angstrom; give their units, e.g. --units kcal/mol/Angstrom"),
+    "kJ/mol": (scaled(4.184 * KCAL, 4.184 * KCAL), "as if in kJ/mol/Angstrom"),
+    "Hartree/Bohr": (scaled(1 / HARTREE, BOHR / HARTREE), "as if in Hartree/Bohr; .* --units Hartree/Bohr"),
+    "Hartree/Angstrom": (scaled(1 / HARTREE, 1 / HARTREE), "as if in Hartree/Angstrom or .* --units Hartree/Angstrom"),
+    "Rydberg/Bohr": (scaled(1 / units.Rydberg, BOHR / units.Rydberg), "as if in Rydberg/Bohr"),
+    "energies in eV": (scaled(1, BOHR / HARTREE), "as if in Hartree/Bohr"),
+    "gradients, Hartree": (scaled(1 / HARTREE, -BOHR / HARTREE), "sign is reversed.*, and they are .* in Hartree/Bohr"),
+    "turned": (turned, "positions and forces are turned against each other"),
+    "columns z x y": (with_columns([2, 0, 1]), "positions and forces are turned against each other"),
+    "columns y x z": (with_columns([1, 0, 2]), "positions and forces are turned against each other"),
+    "order of atoms": (other_atoms, "forces are in another order of the atoms, that of atom .* stands at atom"),
+    "Bohr": (moved(1 / BOHR), "positions.* are in Bohr; multiply them by 0.529177"),
+    "Bohr, Hartree": (
+        both(moved(1 / BOHR), scaled(1 / HARTREE, BOHR / HARTREE)),
+        "in Bohr, and they are .* Hartree/Bohr",
+    ),
+    "Bohr, shifted": (both(moved(1 / BOHR), shifted(1)), "are in Bohr, and labels are shifted by 1 frame"),
+    "converted twice": (moved(BOHR), "are in Angstrom divided by 1.88973; multiply them by 1.88973"),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+@pytest.mark.parametrize("name", ["crystals", "ethanol"])
+def test_mistakes_are_named(name: str, mistake: str, ani2xt: Potential, request: pytest.FixtureRequest) -> None:
+    right: Dataset = request.getfixturevalue(name)
+    change, sentence = WRONG[mistake]
+    with pytest.raises(DataError, match=rf"{right.source}: the forces .*{sentence}.*; --trust-labels"):
+        check_labels(change(right), ani2xt)
+    report = check_labels(change(right), ani2xt, trust=True)
+    assert report.certain
+    # the same labels on their own frames
+    report = check_labels(right, ani2xt)
+    assert not report.finding
+    assert report.correlation > 0.95
+    assert 0.85 < report.slope < 1.05
+
+
+def test_energies_of_other_frames_are_found_beside_right_forces(crystals: Dataset, ani2xt: Potential) -> None:
+    wrong = replace(crystals, energies=np.roll(crystals.energies, 1))
+    with pytest.raises(DataError, match="the energies are shifted by 1 frame against the forces"):
+        check_labels(wrong, ani2xt)
+    upside_down = replace(crystals, energies=2 * crystals.energies.mean() - crystals.energies)
+    with pytest.raises(DataError, match="the energies rise where those of ani2xt fall"):
+        check_labels(upside_down, ani2xt)
+
+
+def test_one_molecule_among_several_is_found(ethanol: Dataset, ani2xt: Potential) -> None:
+    def several(wrong: str) -> Dataset:
+        rng, frames, forces = np.random.default_rng(0), [], []
+        for name in ("CH3OH", "C2H6", "CH3CHO", "HCOOH"):
+            own = [molecule(name) for _ in range(8)]
+            for frame in own:
+                frame.rattle(0.06, rng=rng)
+            predicted = predict(ani2xt, own).forces
+            frames += own
+            forces += [-force for force in predicted] if name == wrong else list(predicted)
+        n = len(frames)
+        return Dataset(tuple(frames), np.zeros(n), tuple(forces), (None,) * n, "m", "m.xyz", "", "", np.arange(n))
+
+    assert not check_labels(several(""), ani2xt).finding
+    with pytest.raises(DataError, match="the first is frame 1[6-9]|the first is frame 2[0-3]"):
+        check_labels(several("CH3CHO"), ani2xt)
+
+
+def test_a_trajectory_in_small_steps_shifted_by_one_is_found(ani2xt: Potential) -> None:
+    frame, frames = molecule("CH3OH"), []
+    velocity = np.random.default_rng(2).normal(scale=0.02, size=(6, 3))
+    for k in range(60):
+        frame = frame.copy()
+        frame.positions += velocity * np.cos(0.3 * k + np.arange(6)[:, None])
+        frames.append(frame)
+    labels = predict(ani2xt, frames)
+    right = Dataset(tuple(frames), labels.energies, labels.forces, (None,) * 60, "md", "md.traj", "", "", np.arange(60))
+    assert check_labels(right, ani2xt).correlation == pytest.approx(1.0)
+    late = replace(right.subset(np.arange(59)), forces=right.forces[1:], energies=right.energies[1:])
+    with pytest.raises(DataError, match="shifted by 1 frame"):
+        check_labels(late, ani2xt)
+
+
+def test_what_a_model_does_not_know_is_doubted_not_refused(
+    crystals: Dataset, ani2xt: Potential, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "tlmc"):
+        report = check_labels(crystals, scratch(ani2xt, 1))
+    assert not report.certain
+    # predictions of a random network are a hundred times too large, or nothing; both are no reason to refuse
+    assert abs(report.correlation) < 0.5
+    assert "none of the usual mistakes explains it" in caplog.text
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_small_sets_are_not_refused(crystals: Dataset, ethanol: Dataset, ani2xt: Potential, size: int) -> None:
+    for right in (crystals, ethanol):
+        for seed in range(4):
+            few = right.subset(np.random.default_rng(seed).permutation(len(right))[:size])
+            assert not check_labels(few, ani2xt).certain
+
+
+def test_frames_at_rest_decide_nothing(ani2xt: Potential) -> None:
+    whole = load_dataset("32-like")
+    rest = whole.subset(np.argsort([np.abs(forces).max() for forces in whole.forces])[:8])
+    assert not check_labels(rest, ani2xt).certain
+    still = replace(rest, forces=tuple(0.01 * forces for forces in rest.forces))
+    assert not check_labels(still, ani2xt).certain
+
+
+def test_without_lively_frames_there_is_no_verdict(ani2xt: Potential) -> None:
+    atom = Dataset((Atoms("H"),), np.zeros(1), (np.zeros((1, 3)),), (None,), "H", "H", "", "", np.arange(1))
+    report = check_labels(atom, ani2xt)
+    assert report.n_frames == 0
+    assert report.line == "no frame that decides anything"
+    assert not report.finding
+
+
+@pytest.mark.parametrize("name", ["27-like", "28-like", "31-like", "32-like", "33-like", "ethanol", "naphthalene"])
+@pytest.mark.parametrize("way", ["relabel", "extend"])
+def test_embedded_sets_pass_borrowed_elements_included(name: str, way: str, ani2xt: Potential) -> None:
+    data = load_dataset(name)
+    mapping = {new: donor for new, donor in THESIS_DONORS.items() if new in data.elements}
+    report = check_labels(data, with_elements(ani2xt, mapping, way))
+    assert not report.finding
+    assert report.correlation > 0.75
+    if mapping:
+        # the atoms that count tell what is wrong as well as if all elements were known
+        with pytest.raises(DataError, match="labels are (shifted|in another order)"):
+            check_labels(shifted(1)(data.crystals()), with_elements(ani2xt, mapping, way))
+
+
+@pytest.mark.needs_mirror
+@pytest.mark.parametrize("start", ["ani2x", "ani2xt"])
+def test_public_sets_pass(start: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(start)
+    for name in ("04_ammonia", "15_oxalic_acid_beta", "21_urea"):
+        report = check_labels(load_dataset(f"molcrys-mace/{name}"), model)
+        assert not report.finding
+        assert not report.stress.is_wrong
+        assert report.correlation > 0.8
+
+
+STRESSES: dict[str, tuple[Callable[[np.ndarray, float], np.ndarray], str]] = {
+    "other sign": (lambda s, v: -s, r"are eV/A\^3, pressure positive, not"),
+    "GPa": (lambda s, v: s / units.GPa, "are GPa, tension positive, not"),
+    "GPa, other sign": (lambda s, v: -s / units.GPa, "are GPa, pressure positive, not"),
+    "kbar of VASP": (
+        lambda s, v: -(10 * s / units.GPa)[[0, 1, 2, 5, 3, 4]],
+        "are kbar, pressure positive, in the order xx yy zz xy yz zx, not",
+    ),
+    "order of VASP": (lambda s, v: s[[0, 1, 2, 5, 3, 4]], "in the order xx yy zz xy yz zx, not"),
+    "upper triangle": (lambda s, v: s[[0, 5, 4, 1, 3, 2]], "in the order xx xy xz yy yz zz, not"),
+    "virials": (lambda s, v: -s * v, r"are eV \(virials\), pressure positive, not"),
+}
+
+
+@pytest.mark.parametrize("form", STRESSES)
+def test_stresses_in_another_form_are_recognized(
+    form: str, crystals: Dataset, ani2xt: Potential, caplog: pytest.LogCaptureFixture
+) -> None:
+    write, sentence = STRESSES[form]
+    stresses = tuple(
+        None if stress is None else write(stress, frame.cell.volume)
+        for stress, frame in zip(crystals.stresses, crystals.frames, strict=True)
+    )
+    other = replace(crystals, stresses=stresses)
+    with caplog.at_level(logging.WARNING, "tlmc"):
+        report = check_labels(other, ani2xt)
+    assert not report.finding
+    assert report.stress.is_wrong
+    assert sentence.replace("\\", "") in caplog.text
+    found = with_checked_stresses(other, ani2xt)
+    for stress, right in zip(found.stresses, crystals.stresses, strict=True):
+        assert stress == pytest.approx(right)
+    assert found.hash != other.hash
+    # energies and forces are as they were, and what is right stays the same set
+    assert found.forces == other.forces
+    assert with_checked_stresses(crystals, ani2xt).hash == crystals.hash
+
+
+def test_stresses_of_no_known_form_stay_as_read(crystals: Dataset, ani2xt: Potential) -> None:
+    odd = replace(crystals, stresses=tuple(17.0 * stress for stress in crystals.stresses))
+    report = check_labels(odd, ani2xt)
+    assert "their unit is unknown; they stay as read" in report.stress.finding
+    assert report.stress.stresses == odd.stresses
+    none = replace(crystals, stresses=tuple(0.0 * stress for stress in crystals.stresses))
+    assert "unit and sign are unchecked" in check_labels(none, ani2xt).stress.finding
+
+
+def test_trainings_refuse_before_they_start(crystals: Dataset, ani2xt: Potential, tmp_path) -> None:
+    wrong, config = shifted(1)(crystals), recipe("quick", epochs=1)
+    with pytest.raises(DataError, match="labels are shifted"):
+        run_experiment(ani2xt, wrong, config, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(DataError, match="labels are shifted"):
+        convergence(ani2xt, [wrong], 1, {"one": {"epochs": 1}})
+    with pytest.raises(DataError, match="labels are shifted"):
+        CaseStudy(ani2xt, (wrong,))
+    assert run_experiment(ani2xt, wrong, config, run_dir=tmp_path / "run", trust_labels=True).stages
+
+
+def test_a_variable_goes_for_all_commands_and_notebooks(
+    crystals: Dataset, ani2xt: Potential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = shifted(2)(crystals)
+    monkeypatch.setenv("TLMC_TRUST_LABELS", "1")
+    assert check_labels(wrong, ani2xt).certain
+    monkeypatch.setenv("TLMC_TRUST_LABELS", "0")
+    with pytest.raises(DataError, match="labels are shifted by 2 frames"):
+        check_labels(wrong, ani2xt)
+
+
+def test_an_answer_is_kept_for_a_model_and_not_for_another(crystals: Dataset, ani2xt: Potential) -> None:
+    assert check_labels(crystals, ani2xt) is check_labels(crystals.subset(np.arange(len(crystals))), ani2xt)
+    assert check_labels(crystals, scratch(ani2xt, 0)) is not check_labels(crystals, ani2xt)
+    assert check_labels(crystals, relabel(ani2xt, {"Si": "C"})) is not check_labels(crystals, ani2xt)
+
+
+def test_the_command_line_says_it(tmp_path, ethanol: Dataset) -> None:
+    path, lines = tmp_path / "hartree.extxyz", []
+    for frame, energy, forces in zip(ethanol.frames, ethanol.energies, ethanol.forces, strict=True):
+        lines += [str(len(frame)), f"Properties=species:S:1:pos:R:3:forces:R:3 energy={energy / HARTREE}"]
+        rows = zip(frame.symbols, frame.positions, forces / HARTREE, strict=True)
+        lines += [f"{symbol} {' '.join(map(repr, map(float, (*x, *f))))}" for symbol, x, f in rows]
+    path.write_text("\n".join(lines) + "\n")
+    run = CliRunner()
+    shown = run.invoke(app, ["info", str(path)], env={"COLUMNS": "200"})
+    assert "forces against ani2xt  correlation 0.98, slope 0.03" in shown.output
+    for command in (["evaluate", "ani2xt", str(path)], ["finetune", str(path), "--epochs", "1"]):
+        refused = run.invoke(app, command)
+        assert refused.exit_code == 2
+        assert "--units Hartree/Angstrom (units='Hartree/Angstrom'); --trust-labels" in refused.output
+    assert run.invoke(app, ["evaluate", "ani2xt", str(path), "--trust-labels"]).exit_code == 0
+    right = run.invoke(app, ["evaluate", "ani2xt", str(path), "--units", "Hartree/Angstrom"])
+    assert right.exit_code == 0
