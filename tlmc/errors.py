@@ -8,7 +8,18 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
-class TlmcError(ValueError):
+class OneSentence(BaseException):
+    """An error that says everything in its sentence: a notebook shows that, in red, without a traceback.
+
+    By hand in JupyterLab and in headless runs alike, since the kernel asks for this method; ``%debug`` still opens the
+    place where it was raised.
+    """
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"\x1b[31m{type(self).__name__}: {self}\x1b[0m"]
+
+
+class TlmcError(OneSentence, ValueError):
     """Base class of all errors this package raises on purpose; the command line prints them without a traceback."""
 
 
