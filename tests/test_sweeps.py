@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
+import tlmc.parameters
 from tlmc import cli, potentials, provenance, runs, sweeps
 from tlmc.errors import ConfigError, DataError, StudyError
 from tlmc.evaluation import read_records
@@ -119,7 +120,8 @@ class TestPlan:
         [source] = [cell.source for cell in cells.values() if "runs.Run(" in cell.source]
         for run in sweeps.read_sweep(description)[1]:
             # the notebook's own cell, with what papermill puts before it
-            scope = files[run.slug] | {"runs": runs, "potentials": potentials, "yaml": yaml}
+            scope = notebook_defaults(NOTEBOOK) | files[run.slug]
+            scope |= {"parameters": tlmc.parameters, "runs": runs, "potentials": potentials, "yaml": yaml}
             exec(source, scope)
             assert scope["run"] == run
             assert scope["profile_name"] == "trial"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -127,7 +127,9 @@ def crystal_files(folder: str | Path) -> list[Path]:
     return list(found.values())
 
 
-def load_crystals(names: Sequence[str], *, max_frames: int = 0) -> tuple[Dataset, ...]:
+def load_crystals(
+    names: Sequence[str], *, max_frames: int = 0, load: Callable[[str], Dataset] = load_dataset
+) -> tuple[Dataset, ...]:
     """Read the crystals of several sets; isolated molecules are left out.
 
     Parameters
@@ -136,6 +138,8 @@ def load_crystals(names: Sequence[str], *, max_frames: int = 0) -> tuple[Dataset
         Names or files, as `tlmc.datasets.load_dataset` takes them.
     max_frames
         Keep so many frames of each, evenly spaced, for a quick trial; 0 for all.
+    load
+        What reads a set.
 
     Raises
     ------
@@ -144,7 +148,7 @@ def load_crystals(names: Sequence[str], *, max_frames: int = 0) -> tuple[Dataset
     """
     found: dict[str, Dataset] = {}
     for name in names:
-        dataset = load_dataset(name)
+        dataset = load(name)
         crystals = dataset.crystals()
         if not len(crystals):
             raise DataError(f"{dataset.source}: none of {len(dataset)} frames is a crystal")
