@@ -28,6 +28,7 @@ from ase.io.formats import UnknownFileTypeError, filetype, get_compression, open
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
+from tlmc.arguments import checked
 from tlmc.checks import and_others, check_dataset
 from tlmc.downloads import describe, first_to_answer
 from tlmc.errors import DataError
@@ -98,6 +99,7 @@ def available() -> dict[str, dict[str, Any]]:
     return public | {name: {"path": str(path)} for name, path in _embedded().items()}
 
 
+@checked
 def load_dataset(
     source: str | Path,
     *,
@@ -184,6 +186,7 @@ def local_file(source: str | Path) -> Path | None:
     return path
 
 
+@checked
 def read_frames(path: str | Path) -> list[Atoms]:
     """Read all structures of a file with ASE, with or without labels, unchecked.
 

@@ -321,11 +321,16 @@ def _check_elements(name: str, values: _Values, model: Potential, dataset: Datas
     mapping = dict(THESIS_DONORS)
     if "element_map" in values:
         mapping = parse_element_map(values["element_map"])
-        relabel(model, mapping)
+        try:
+            relabel(model, mapping)
+        except TlmcError as error:
+            _refuse(values, "element_map", str(error))
     lacking = [element for element in dataset.elements if element not in model.elements and element not in mapping]
     if not lacking:
         return
-    example = ", ".join(f"{element}={THESIS_DONORS.get(element, 'C')}" for element in lacking)
+    own = mapping if "element_map" in values else {}
+    wanted = own | {element: THESIS_DONORS.get(element, "C") for element in lacking}
+    example = ", ".join(f"{new}={donor}" for new, donor in wanted.items())
     why = f"{dataset.name} holds {' and '.join(lacking)}, for which {model.name} has no network"
     if "element_map" in values:
         _refuse(values, name, f"{why}: set element_map to what each is to be treated as, such as '{example}'")
@@ -416,7 +421,7 @@ def _rule_evaluation(values: _Values, sets: Mapping[str, Sequence[Dataset]]) -> 
     try:
         CaseStudy(
             load_start_model(values["start_model"]),
-            load_crystals(list(read), max_frames=values["max_frames"], load=read.__getitem__),
+            load_crystals(sources(values["crystals"]), max_frames=values["max_frames"], load=read.__getitem__),
             values["recipe_name"],
             seeds=(values["seed"],),
         )

@@ -22,6 +22,7 @@ from tlmc.evaluation.metrics import evaluate
 from tlmc.labelled import Dataset
 from tlmc.networks.atomistic import AtomisticNetwork, P
 from tlmc.networks.optimizers import AdamW
+from tlmc.progress import watched
 from tlmc.splits import Split, shrunk
 from tlmc.training.loss import batch_loss
 
@@ -98,7 +99,7 @@ def fit(
     optimizer = AdamW(weights, lr=config.lr, weight_decay=config.weight_decay)
     n_batches = math.ceil(len(split.train) / config.batch_size)
     history = []
-    for epoch in range(config.epochs):
+    for epoch in watched(range(config.epochs), "epochs", config.epochs):
         began = time.perf_counter()
         order = np.random.default_rng([config.seed, epoch]).permutation(split.train)
         train, validation = _Sums(), _Sums()

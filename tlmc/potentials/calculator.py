@@ -12,6 +12,7 @@ from ase.calculators.calculator import Calculator, all_changes
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tlmc.arguments import checked
 from tlmc.descriptors.aev import Neighbours, aev, aev_backward, aev_terms, neighbours
 from tlmc.errors import DataError, ModelError
 from tlmc.potentials.model import Layer, Potential
@@ -38,6 +39,7 @@ class _Evaluation(NamedTuple):
     stress: NDArray[np.float64] | None
 
 
+@checked
 def predict(model: Potential, frames: Sequence[Atoms]) -> Predictions:
     """Return energies, forces and stresses of frames, each evaluated by itself.
 

@@ -37,6 +37,7 @@ from tlmc.evaluation.metrics import evaluate, per_frame
 from tlmc.files import write_json
 from tlmc.geometry import frame_hash
 from tlmc.labelled import Dataset
+from tlmc.progress import watched
 from tlmc.sampling.committee import CommitteePredictions
 
 FloatArray = NDArray[np.float64]
@@ -367,7 +368,7 @@ def compare_strategies(
     """
     tables = []
     for seed, (pool, test) in enumerate(splits):
-        for name, config in configs.items():
+        for name, config in watched(configs.items(), f"active learning, seed {seed}", len(configs)):
             path = None if folder is None else folder / f"{name}-{seed}.json"
             result = run_loop(learner(), pool, replace(config, seed=seed), test, path)
             tables.append(result.table().assign(name=name, seed=seed))
@@ -410,7 +411,7 @@ def learn_in_order(
     if not len(sizes) or min(sizes) < 1 or max(sizes) > len(order):
         raise ConfigError(f"sizes must lie in 1 to {len(order)}, got {list(sizes)}")
     rows = []
-    for size in sizes:
+    for size in watched(sizes, "learning in order", len(sizes)):
         learner.fit(pool.label(sorted(int(k) for k in order[:size])), seed)
         rows.append({"n_labels": int(size)} | _judged(learner, test))
     return pd.DataFrame(rows)

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tlmc.arguments import checked
 from tlmc.descriptors.enrichment import Compression, fit_enrichment
 from tlmc.errors import ConfigError, DataError, ModelError, problems_of
 from tlmc.files import atomic_path, write_json
@@ -155,6 +156,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 """Named settings, as differences from the thesis protocol."""
 
 
+@checked
 def recipe(name: str, **changes: Any) -> FinetuneConfig:
     """Return the settings of a named recipe, with changes.
 
@@ -207,6 +209,7 @@ class _State:
     history: list[dict[str, float]]
 
 
+@checked
 def finetune(
     model: Potential,
     dataset: Dataset,
