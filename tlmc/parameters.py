@@ -333,7 +333,7 @@ def _check_elements(name: str, values: _Values, model: Potential, dataset: Datas
     example = ", ".join(f"{new}={donor}" for new, donor in wanted.items())
     why = f"{dataset.name} holds {' and '.join(lacking)}, for which {model.name} has no network"
     if "element_map" in values:
-        _refuse(values, name, f"{why}: set element_map to what each is to be treated as, such as '{example}'")
+        _refuse(values, name, f"{why}: set element_map (-p on the command line), such as '{example}'")
     borrowed = ", ".join(f"{new}={donor}" for new, donor in THESIS_DONORS.items())
     _refuse(
         values,
