@@ -245,7 +245,7 @@ class TestSnakefile:
         assert text.count("Trying to restart job") == 1, text
         [line] = [line for line in text.splitlines() if line.startswith("failed: ")]
         assert line.startswith("failed: 27_like-ani2xt-bad-6-seed0-")
-        assert "27-like holds I, for which ani2xt has no network" in line
+        assert "27-like holds Si and I, for which ani2xt has no network" in line
         sweep = folder / "reports" / "sweeps" / "tiny"
         assert [path.parent.name.partition("-")[0] for path in sweep.glob("results/*/metrics.json")] == ["naphthalene"]
         assert (sweep / "unfinished.csv").is_file()
@@ -288,7 +288,7 @@ class TestSnakefile:
         assert len(state.finished) == len(state.failed) == len(state.waiting) == 1
         [(name, sentence)] = state.failed.items()
         assert name.startswith("27_like")
-        assert "27-like holds I, for which ani2xt has no network" in sentence
+        assert "27-like holds Si and I, for which ani2xt has no network" in sentence
         assert state.records["dataset"].unique().tolist() == ["naphthalene"]
         assert np.isfinite(state.records["value"]).all()
 
