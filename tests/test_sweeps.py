@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
+import tlmc.parameters
 from tlmc import cli, potentials, provenance, runs, sweeps
 from tlmc.errors import ConfigError, DataError, StudyError
 from tlmc.evaluation import append_records, read_records
@@ -120,7 +121,8 @@ class TestPlan:
         [source] = [cell.source for cell in cells.values() if "runs.Run(" in cell.source]
         for run in sweeps.read_sweep(description)[1]:
             # the notebook's own cell, with what papermill puts before it
-            scope = files[run.slug] | {"runs": runs, "potentials": potentials, "yaml": yaml}
+            scope = notebook_defaults(NOTEBOOK) | files[run.slug]
+            scope |= {"parameters": tlmc.parameters, "runs": runs, "potentials": potentials, "yaml": yaml}
             exec(source, scope)
             assert scope["run"] == run
             assert scope["profile_name"] == "trial"
@@ -257,7 +259,7 @@ class TestSnakefile:
         assert text.count("Trying to restart job") == 1, text
         [line] = [line for line in text.splitlines() if line.startswith("failed: ")]
         assert line.startswith("failed: 27_like-ani2xt-bad-6-seed0-")
-        assert "ModelError: ani2xt has no network for" in line
+        assert "27-like holds Si and I, for which ani2xt has no network" in line
         sweep = folder / "reports" / "sweeps" / "tiny"
         assert [path.parent.name.partition("-")[0] for path in sweep.glob("results/*/metrics.json")] == ["naphthalene"]
         assert (sweep / "unfinished.csv").is_file()
@@ -300,7 +302,7 @@ class TestSnakefile:
         assert len(state.finished) == len(state.failed) == len(state.waiting) == 1
         [(name, sentence)] = state.failed.items()
         assert name.startswith("27_like")
-        assert "ModelError: ani2xt has no network for I" in sentence
+        assert "27-like holds Si and I, for which ani2xt has no network" in sentence
         assert state.records["dataset"].unique().tolist() == ["naphthalene"]
         assert np.isfinite(state.records["value"]).all()
 

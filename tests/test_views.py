@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import sys
+from importlib.metadata import distribution
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -69,6 +71,19 @@ class TestShow:
         drawn = [(m["methodName"], m["args"]) for m in widget._ngl_msg_archive]
         assert [name for name, _ in drawn] == ["loadFile", "addRepresentation"]
         assert drawn[1][1] == ["unitcell"]
+
+    def test_the_front_end_is_the_one_that_the_widget_asks_for(self):
+        # a browser draws nothing where they differ, and no error reaches Python
+        import nglview
+
+        view = views.widget(molecule("H2O"))
+        extension = [
+            path.locate() for path in distribution("nglview").files if path.match("labextensions/*/package.json")
+        ]
+        [front_end] = [json.loads(path.read_text()) for path in extension]
+        assert view._view_module == view._model_module == front_end["name"]
+        asked = {view._view_module_version, view._model_module_version}
+        assert asked == {front_end["version"]}, f"nglview {nglview.__version__}: pin another"
 
     def test_nglview_is_imported_only_then(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "nglview", None)

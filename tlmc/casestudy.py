@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -130,7 +130,9 @@ def crystal_files(folder: str | Path) -> list[Path]:
     return list(found.values())
 
 
-def load_crystals(names: Sequence[str], *, max_frames: int = 0) -> tuple[Dataset, ...]:
+def load_crystals(
+    names: Sequence[str], *, max_frames: int = 0, load: Callable[[str], Dataset] = load_dataset
+) -> tuple[Dataset, ...]:
     """Read the crystals of several sets; isolated molecules are left out.
 
     Parameters
@@ -139,6 +141,8 @@ def load_crystals(names: Sequence[str], *, max_frames: int = 0) -> tuple[Dataset
         Names or files, as `tlmc.datasets.load_dataset` takes them.
     max_frames
         Keep so many frames of each, evenly spaced, for a quick trial; 0 for all.
+    load
+        What reads a set.
 
     Raises
     ------
@@ -148,7 +152,7 @@ def load_crystals(names: Sequence[str], *, max_frames: int = 0) -> tuple[Dataset
     found: dict[str, Dataset] = {}
     left_out: dict[str, int] = {}
     for name in names:
-        dataset = load_dataset(name)
+        dataset = load(name)
         crystals = dataset.crystals()
         if not len(crystals):
             raise DataError(f"{dataset.source}: none of {len(dataset)} frames is a crystal")

@@ -29,6 +29,7 @@ from ase import Atoms
 from ase.data import atomic_numbers
 from ase.io.formats import UnknownFileTypeError, filetype, get_compression, open_with_compression
 
+from tlmc.arguments import checked
 from tlmc.checks import and_others, check_dataset, check_unconstrained
 from tlmc.convergence import read_convergence
 from tlmc.downloads import describe, first_to_answer
@@ -104,6 +105,7 @@ def available() -> dict[str, dict[str, Any]]:
     return public | {name: {"path": str(path)} for name, path in _embedded().items()}
 
 
+@checked
 def load_dataset(
     source: str | Path,
     *,
@@ -190,6 +192,7 @@ def local_file(source: str | Path) -> Path | None:
     return path
 
 
+@checked
 def read_frames(path: str | Path) -> list[Atoms]:
     """Read all structures of a file with ASE, with or without labels, unchecked; `tlmc.xyz` says how XYZ is read.
 

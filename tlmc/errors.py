@@ -62,6 +62,8 @@ def nearest_first(name: str, known: Iterable[str]) -> list[str]:
 def problems_of(error: ValidationError) -> str:
     """Say in a line what pydantic found."""
     return "; ".join(
-        f"{'.'.join(map(str, problem['loc'])) or 'content'} = {problem['input']!r:.80}: {problem['msg']}"
+        f"{'.'.join(map(str, problem['loc'])) or 'content'} = {problem['input']!r:.80}: "
+        # what pydantic puts before our own sentences
+        f"{problem['msg'].removeprefix('Value error, ')}"
         for problem in error.errors()
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from tlmc.arguments import checked
 from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError
 from tlmc.evaluation.comparison import Stage, before_and_after, rows_from_stages
@@ -61,6 +62,7 @@ class Experiment:
         return self.dataset.subset(self.split.test)
 
 
+@checked
 def run_experiment(
     model: Potential,
     dataset: Dataset,
@@ -168,6 +170,7 @@ def _evaluate(model: Potential, dataset: Dataset, parts: Split, result: Finetune
     return stages
 
 
+@checked
 def run_recipes(
     model: Potential,
     dataset: Dataset,
@@ -196,7 +199,13 @@ def run_recipes(
         As in :func:`run_experiment`.
     **changes
         Settings that differ from the recipes, e.g. ``epochs=5``.
+
+    Raises
+    ------
+    DataError, ModelError, ConfigError
+        As the steps raise them; all settings are checked before the first training starts.
     """
+    _check_counts(n_seeds, recipes=recipes)
     # all settings are checked before the first run starts
     seeds = range(first_seed, first_seed + n_seeds)
     configs = [recipe(name, seed=seed, **changes) for name in recipes for seed in seeds]
@@ -236,6 +245,7 @@ COLUMNS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
 resolves (``n_max``, ``l_max``), and whether the element of the second neighbour counts."""
 
 
+@checked
 def convergence(
     model: Potential,
     datasets: Sequence[Dataset],
@@ -279,6 +289,9 @@ def convergence(
         A row per epoch: ``dataset``, ``setting``, ``seed``, ``epoch``, ``cpu_seconds`` since the start of the run,
         ``validation_force_rmse_vector`` (eV/A) and ``validation_energy_rmse_per_atom`` (eV/atom).
     """
+    _check_counts(n_seeds, datasets=datasets, settings=settings)
+    if not share > 0:
+        raise ConfigError(f"share must be above 0, got {share}")
     configs = {name: _shortened(setting, share) for name, setting in settings.items()}
     for dataset in datasets:
         check_labels(dataset, model, trust=trust_labels)
@@ -307,6 +320,15 @@ def convergence(
         table = pd.read_csv(target)
         tables.append(table.assign(**labels)[[*labels, *table.columns]])
     return pd.concat(tables, ignore_index=True)
+
+
+def _check_counts(n_seeds: int, **several: Sized) -> None:
+    """Refuse to train nothing."""
+    if n_seeds < 1:
+        raise ConfigError(f"n_seeds must be at least 1, got {n_seeds}")
+    for name, values in several.items():
+        if not len(values):
+            raise ConfigError(f"{name} must not be empty")
 
 
 def _shortened(setting: Mapping[str, Any], share: float) -> FinetuneConfig:

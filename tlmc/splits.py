@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from tlmc.arguments import checked
 from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError
 from tlmc.labelled import Dataset
@@ -79,6 +80,7 @@ class Split:
         return cls(train, validation, test, method, seed)
 
 
+@checked
 def split_dataset(
     dataset: Dataset,
     fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),

@@ -14,10 +14,11 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from tlmc.errors import ConfigError, StudyError
 from tlmc.files import listed, sha256_file, write_json
@@ -25,6 +26,9 @@ from tlmc.outcomes import dataset_facts, metrics_file, read_record, record_file
 from tlmc.paths import project_root, reports_dir
 from tlmc.profiles import Parameter, Profile, Step, load_profile, profile_files, read_notebook
 from tlmc.provenance import code_hash, package_versions
+
+if TYPE_CHECKING:
+    from tlmc.labelled import Dataset
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +93,9 @@ def run_study(
     StudyError
         If a notebook fails, or ends without writing its metrics.
     """
-    # the page templates are slow to import and needed nowhere else
+    # slow to import: what the notebooks themselves use, and the page templates
+    from tlmc.datasets import load_dataset
+    from tlmc.parameters import check_data, check_values
     from tlmc.report import write_report
 
     given, own = dict(parameters or {}), Path()
@@ -98,10 +104,15 @@ def run_study(
         given = {**_own_data(data, profile, notebooks, given), **given}
         own = Path("own", data.resolve().name)
     loaded = load_profile(profile, notebooks, _with_absolute_files(given))
+    for step in loaded.steps:
+        check_values(step.name, step.parameters)
     reports = (output or reports_dir() / own).resolve()
     _check_reports(reports, loaded, chosen=output is not None)
     executed = reports / "executed" / profile
-    inputs, facts = _shared_inputs(loaded)
+    load = cache(load_dataset)
+    inputs, facts = _shared_inputs(loaded, load)
+    for step in loaded.steps:
+        check_data(step.name, step.parameters, load)
     order = list(profile_files(project_root() / "notebooks", profile))
     with kernel_environment(reports):
         for step in loaded.steps:
@@ -209,12 +220,13 @@ def _sets(step: Step) -> list[str]:
     return list(dict.fromkeys(name for text in texts for name in sources(text)))
 
 
-def _shared_inputs(profile: Profile) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+def _shared_inputs(
+    profile: Profile, load: Callable[[str], Dataset]
+) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
     """Fetch the start model and load the data sets, so that what is missing is said before anything runs.
 
     Returns the code's, the model's and the data sets' fingerprints, and what a report says of the sets.
     """
-    from tlmc.datasets import load_dataset
     from tlmc.potentials.pretrained import StartModelName, load_start_model
 
     inputs = {"code": code_hash(), "versions": json.dumps(package_versions())}
@@ -224,7 +236,7 @@ def _shared_inputs(profile: Profile) -> tuple[dict[str, str], dict[str, dict[str
         inputs[f"start_model {profile.start_model}"] = model.fingerprint
     facts = {}
     for name in dict.fromkeys(name for step in profile.steps for name in _sets(step)):
-        facts[name] = dataset_facts(load_dataset(name))
+        facts[name] = dataset_facts(load(name))
         inputs[f"data {name}"] = facts[name]["hash"]
     return inputs, facts
 

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import breadth_first_order, connected_components
 
+from tlmc.arguments import checked
 from tlmc.errors import DataError
 from tlmc.plots import COLUMN, styled, subplots
 
@@ -32,6 +33,7 @@ _ROOMY: Final = 60.0
 """Volume per atom, Angstrom^3, above which a cell is a box of vacuum whose outline would make its molecule a speck."""
 
 
+@checked
 def show(atoms: Atoms, interactive: bool = False, *, ax: Axes | None = None, title: str | None = None) -> Axes:
     """Draw a structure, and add a widget that can be turned when asked to.
 
@@ -59,6 +61,7 @@ def show(atoms: Atoms, interactive: bool = False, *, ax: Axes | None = None, tit
     return ax
 
 
+@checked
 def widget(atoms: Atoms) -> NGLWidget:
     """Return an nglview widget of a structure, with its cell if it is periodic.
 

@@ -15,6 +15,7 @@ from tlmc.errors import ConfigError, DataError
 from tlmc.evaluation.metrics import evaluate
 from tlmc.labelled import Dataset
 from tlmc.potentials.calculator import Predictions
+from tlmc.progress import watched
 
 
 class Learner(Protocol):
@@ -76,7 +77,7 @@ def learning_curve(
         order = np.random.default_rng(seed).permutation(train)
         for n in sizes:
             part = dataset.subset(np.sort(order[:n]))
-            for name, make in learners.items():
+            for name, make in watched(learners.items(), f"{n} frames, seed {seed}", len(learners)):
                 start = time.perf_counter()
                 learner = make().fit(part)
                 fitted = time.perf_counter()

@@ -21,6 +21,7 @@ from ase import Atoms
 
 from tlmc.errors import ConfigError, DataError
 from tlmc.labelling.frames import write_frames
+from tlmc.progress import watched
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,10 @@ def in_processes(
     ):
         futures = {pool.submit(work, job): index for index, job in enumerate(jobs)}
         try:
-            for future in as_completed(futures):
+            # who reads the log is told a line each
+            told = logger.isEnabledFor(logging.INFO)
+            done = as_completed(futures) if told else watched(as_completed(futures), "calculations", len(futures))
+            for future in done:
                 results[futures[future]] = future.result()
                 if not quiet:
                     logger.info("%d of %d done", len(results), len(jobs))

@@ -23,6 +23,7 @@ from tlmc.evaluation.metrics import evaluate
 from tlmc.labelled import Dataset
 from tlmc.networks.atomistic import AtomisticNetwork, P
 from tlmc.networks.optimizers import AdamW
+from tlmc.progress import watched
 from tlmc.splits import Split, shrunk
 from tlmc.training.divergence import Guard, force_rms
 from tlmc.training.interrupts import heeded, interrupted
@@ -135,7 +136,7 @@ def _train(
 
     remedy = f"lower lr ({config.lr})" + (" or set clip_norm" if config.clip_norm is None else "")
     guard = Guard(validate(), force_rms(forces[k].numpy() for k in split.validation), remedy)
-    for epoch in range(config.epochs):
+    for epoch in watched(range(config.epochs), "epochs", config.epochs):
         began = time.perf_counter()
         order = np.random.default_rng([config.seed, epoch]).permutation(split.train)
         train = _Sums()

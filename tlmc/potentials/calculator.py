@@ -13,6 +13,7 @@ from ase.calculators.calculator import Calculator, all_changes
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tlmc.arguments import checked
 from tlmc.descriptors.aev import Neighbours, aev, aev_backward, aev_terms, neighbours
 from tlmc.devices import find_device
 from tlmc.equality import equal_by_content
@@ -51,6 +52,7 @@ class _Evaluation(NamedTuple):
     """Smallest distance of two atoms within the cutoff, infinite if there is none."""
 
 
+@checked
 def predict(model: Potential, frames: Sequence[Atoms], device: str = "cpu") -> Predictions:
     """Return energies, forces and stresses of frames, each evaluated by itself.
 

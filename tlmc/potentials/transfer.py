@@ -12,6 +12,7 @@ import torch
 from ase.data import atomic_numbers
 from torch import Tensor
 
+from tlmc.arguments import checked
 from tlmc.descriptors.enrichment import Enrichment
 from tlmc.errors import ConfigError, ModelError
 from tlmc.potentials.model import Layer, Potential
@@ -26,6 +27,7 @@ SCRATCH_STANDARD_DEVIATION: Final = 0.1
 """Of the normal distribution that `scratch` draws from, in the networks' own units (Hartree at the output)."""
 
 
+@checked
 def relabel(model: Potential, mapping: Mapping[str, str]) -> Potential:
     """Let new elements borrow the networks and descriptor channels of elements the model knows (thesis 3.3).
 
@@ -58,6 +60,7 @@ def relabel(model: Potential, mapping: Mapping[str, str]) -> Potential:
     return dataclasses.replace(model, element_map={**model.element_map, **mapping})
 
 
+@checked
 def extend(model: Potential, mapping: Mapping[str, str]) -> Potential:
     r"""Give new elements networks and descriptor channels of their own, which start as copies of their donors'.
 
@@ -183,6 +186,7 @@ def _donated_columns(model: Potential, donors: Sequence[int]) -> Tensor:
     return torch.cat([radial.flatten(), angular.flatten(), richer])
 
 
+@checked
 def parse_element_map(text: str) -> dict[str, str]:
     """Read a mapping for `relabel` or `extend` from one line of text, ``"Si=C, I=Cl"``; an empty line maps nothing.
 
@@ -229,6 +233,7 @@ def trainable_layers(scheme: LayerScheme, n_layers: int) -> tuple[bool, ...]:
     raise ConfigError(f"layers must be all, hidden or last, got {scheme!r}")
 
 
+@checked
 def scratch(model: Potential, seed: int) -> Potential:
     """Return the same architecture with every weight and bias drawn anew from N(0, 0.1), the thesis' "from scratch".
 

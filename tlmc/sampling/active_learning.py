@@ -42,6 +42,7 @@ from tlmc.labelling.frames import content_words
 from tlmc.labelling.identity import settings_of
 from tlmc.labelling.labels import unconverged
 from tlmc.labelling.states import given_to, stated, states_of
+from tlmc.progress import watched
 from tlmc.sampling.committee import CommitteePredictions
 
 FloatArray = NDArray[np.float64]
@@ -436,7 +437,7 @@ def compare_strategies(
     """
     tables = []
     for seed, (pool, test) in enumerate(splits):
-        for name, config in configs.items():
+        for name, config in watched(configs.items(), f"active learning, seed {seed}", len(configs)):
             path = None if folder is None else folder / f"{name}-{seed}.json"
             result = run_loop(learner(), pool, replace(config, seed=seed), test, path)
             tables.append(result.table().assign(name=name, seed=seed))
@@ -479,7 +480,7 @@ def learn_in_order(
     if not len(sizes) or min(sizes) < 1 or max(sizes) > len(order):
         raise ConfigError(f"sizes must lie in 1 to {len(order)}, got {list(sizes)}")
     rows = []
-    for size in sizes:
+    for size in watched(sizes, "learning in order", len(sizes)):
         learner.fit(pool.label(sorted(int(k) for k in order[:size])), seed)
         rows.append({"n_labels": int(size)} | _judged(learner, test))
     return pd.DataFrame(rows)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tlmc.arguments import checked
 from tlmc.descriptors.aev import AEVParameters
 from tlmc.descriptors.enrichment import Enrichment
 from tlmc.errors import ConfigError, ModelError
@@ -108,6 +109,7 @@ def save_model(potential: Potential, path: Path | str, metadata: Mapping[str, An
     save_tensors(path, tensors, description)
 
 
+@checked
 def load_model(path: Path | str) -> tuple[Potential, dict[str, Any]]:
     """Read a model and the metadata given to :func:`save_model`; ``versions`` and ``git_revision`` are added to it.
 

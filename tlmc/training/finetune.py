@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from tqdm.auto import tqdm
 
+from tlmc.arguments import checked
 from tlmc.descriptors.enrichment import Compression, fit_enrichment
 from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError, ModelError, nearest_first, problems_of
@@ -161,6 +162,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 """Named settings, as differences from the thesis protocol."""
 
 
+@checked
 def recipe(name: str, **changes: Any) -> FinetuneConfig:
     """Return the settings of a named recipe, with changes.
 
@@ -237,6 +239,7 @@ class _State:
         )
 
 
+@checked
 def finetune(
     model: Potential,
     dataset: Dataset,
