@@ -83,7 +83,7 @@ class TestShow:
         [front_end] = [json.loads(path.read_text()) for path in extension]
         assert view._view_module == view._model_module == front_end["name"]
         asked = {view._view_module_version, view._model_module_version}
-        assert asked == {front_end["version"]}, f"nglview {nglview.__version__}: pin another"
+        assert asked == {front_end["version"]}, f"nglview {nglview.__version__}"
 
     def test_nglview_is_imported_only_then(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "nglview", None)

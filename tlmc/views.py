@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from collections.abc import Iterable, Sequence
+from importlib.metadata import distribution
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -72,12 +78,30 @@ def widget(atoms: Atoms) -> NGLWidget:
     """
     _check(atoms)
     # only here: the import takes a second and registers widgets with the notebook
+    _ask_for_the_front_end_that_is_there()
     import nglview
 
     view = nglview.show_ase(atoms)
     if atoms.pbc.any():
         view.add_unitcell()
     return view
+
+
+def _ask_for_the_front_end_that_is_there() -> None:
+    """Let nglview ask the browser for the version of its front-end that it has installed, or nothing is drawn.
+
+    nglview 4.0.1 ships front-end 3.1.5 and asks for 4.0; nglview 4.0 agrees with itself, but needs an older numpy.
+    """
+    name = "nglview._frontend"
+    if "nglview" in sys.modules or find_spec("nglview") is None:
+        return
+    files = distribution("nglview").files or []
+    shipped = [path.locate() for path in files if path.match("labextensions/*/package.json")]
+    if len(shipped) == 1:
+        module = ModuleType(name)
+        # all widgets of nglview read their version here, some while it is imported
+        vars(module)["__frontend_version__"] = json.loads(Path(str(shipped[0])).read_text(encoding="utf-8"))["version"]
+        sys.modules[name] = module
 
 
 @styled

@@ -33,6 +33,7 @@ from tlmc.files import atomic_path, claim, write_json
 from tlmc.labelled import Dataset
 from tlmc.potentials.model import Potential
 from tlmc.potentials.transfer import enrich, first_members, scratch, trainable_layers
+from tlmc.progress import is_watched
 from tlmc.reference import fit_reference
 from tlmc.splits import Split
 from tlmc.training.cache import DescriptorCache, build_cache
@@ -985,21 +986,8 @@ def _load_state(path: Path, run_id: str) -> _State:
 def _bar(progress: bool | None, total: int, name: str, delay: float = 0.0) -> tqdm[Any]:
     """Return a progress bar, silent unless somebody watches; with a delay, not there before the first step."""
     if progress is None:
-        progress = _is_watched()
+        progress = is_watched()
     return tqdm(total=total, desc=name, disable=not progress, leave=False, delay=delay)
-
-
-def _is_watched() -> bool:
-    """Tell whether there is a terminal, or a notebook that somebody has open."""
-    if sys.stderr.isatty():
-        return True
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    kernel = getattr(shell, "kernel", None)
-    if kernel is None:
-        return False
-    # every request to run a cell says whether somebody is there to answer questions; headless runs (papermill,
-    # nbconvert, nbval) say that nobody is, whatever they were started from
-    return bool(kernel.get_parent().get("content", {}).get("allow_stdin", False))
 
 
 @contextmanager
