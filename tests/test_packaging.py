@@ -142,8 +142,7 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("built")
     source = folder / "source"
     shutil.copytree(ROOT / "tlmc", source / "tlmc", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "tests", source / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     code = "from setuptools import build_meta as b; b.build_sdist('..'); b.build_wheel('..')"
     answer = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)
@@ -191,8 +190,6 @@ def test_distributions_hold_the_whole_package(built):
     with tarfile.open(archive) as opened:
         files = {name.removeprefix(f"{inside}/") for name in opened.getnames()}
     assert modules | {"LICENSE", "README.md", "pyproject.toml"} <= files
-    # they need the notebooks and the data, which are not in it
-    assert not {name for name in files if name.startswith("tests/")}
 
 
 def test_the_wheel_says_what_it_needs(built, installed):
