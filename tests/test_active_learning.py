@@ -196,7 +196,7 @@ class TestLiveCalculator:
         label = first.label([0])
         assert CalculatorPool(frames, LennardJones(), tmp_path, "one").label([0]).energies == label.energies
         (path,) = tmp_path.iterdir()
-        for calculator, name in ((LennardJones(sigma=1.05), "one"), (LennardJones(), "two")):
+        for calculator, name in ((LennardJones(epsilon=0.9), "one"), (LennardJones(), "two")):
             other = CalculatorPool(frames, calculator, tmp_path, name)
             other.label([0])
             assert other.calls == 1

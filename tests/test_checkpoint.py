@@ -131,7 +131,7 @@ def test_wrong_contents_get_one_sentence(tmp_path):
     refused("C.1.bias is .*float64, not .*float32", {"C.1.bias": torch.zeros(3, 1, 10, dtype=torch.float64)})
     bias = tensors["O.2.bias"].clone()
     bias[0, 0, 0] = torch.nan
-    refused("O.2.bias holds values that are not finite", {"O.2.bias": bias})
+    refused("weights of O are infinite or NaN", {"O.2.bias": bias})
     refused("lacks a part of the model or holds a wrong one", metadata=3)
     refused("lacks a part of the model or holds a wrong one", versions=None)
     refused("lacks a part of the model or holds a wrong one", model=["x"])

@@ -101,8 +101,10 @@ def test_errors_of_another_run_are_not_shown(tmp_path, metrics, sentence):
     assert sentence in model_page(model_facts(str(path)))["test errors"]
 
 
-def test_last_and_best_do_not_get_the_errors_of_the_model(run):
-    page = model_page(model_facts(str(run.run_dir / "last.safetensors")))
+def test_a_file_of_another_name_does_not_get_the_errors_of_the_model(run):
+    path = run.run_dir / "last.safetensors"
+    path.write_bytes((run.run_dir / "model.safetensors").read_bytes())
+    page = model_page(model_facts(str(path)))
     assert page["test errors"].startswith("unknown: a run keeps those of its model.safetensors only")
 
 

@@ -203,7 +203,7 @@ PARAMETERS: Final[Mapping[str, _Values]] = {
     | {
         "crystals_only": bool, "recipe_name": _Recipe, "settings": Annotated[str, AfterValidator(_settings)],
         "label": str, "n_train": _NotNegative, "borrow": Borrowing, "split": SplitMethod,
-        "device": Annotated[str, AfterValidator(_device)],
+        "device": Annotated[str, AfterValidator(_device)], "trust_labels": bool,
     },
 }  # fmt: skip
 """Notebook to parameter to what it may be, as pydantic reads it."""

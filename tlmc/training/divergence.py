@@ -61,7 +61,7 @@ class Guard:
         The loss of a step tells what the step before it did: only this sees the last one.
         """
         epoch = int(row["epoch"])
-        broken = [name for name, tensor in tensors.items() if not is_finite([tensor])]
+        broken = [name for name, finite in zip(tensors, _finite(tensors.values()), strict=True) if not finite]
         if broken:
             raise ModelError(
                 f"the training diverged: {', '.join(broken)} are not finite after epoch {epoch}: {self.remedy}"
@@ -95,7 +95,14 @@ def force_rms(forces: Iterable[NDArray[np.float64]]) -> float:
 
 def is_finite(tensors: Iterable[Tensor]) -> bool:
     """Tell whether no tensor holds infinity or NaN."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    return all(_finite(tensors))
+
+
+def _finite(tensors: Iterable[Tensor]) -> list[bool]:
+    """Tell it of each of them, with one answer from the device on which they are."""
+    flags = [torch.isfinite(tensor).all() for tensor in tensors]
+    found: list[bool] = torch.stack(flags).tolist() if flags else []
+    return found
 
 
 def _errors(row: Mapping[str, Any]) -> str:
