@@ -120,7 +120,7 @@ class FinetuneConfig(BaseModel):
     """Which weights the result, and the run folder, holds; the others are not kept. ``best`` has the lowest
     ``sqrt(force RMSE * energy RMSE)`` of the validation part: the forces alone are a trap, since a dozen frames contain
     outliers."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Order of the batches, and the weights with ``init="scratch"``."""
     precision: Literal["float32", "float64"] = "float32"
     richer: RicherColumns | None = None
