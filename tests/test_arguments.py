@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ase.build import molecule
 
-from tlmc import datasets, experiments, potentials, splits, training, views
+from tlmc import datasets, experiments, potentials, sampling, splits, training, views
 from tlmc.arguments import checked
 from tlmc.errors import ConfigError
 from tlmc.runs import make_run
@@ -82,12 +83,26 @@ def test_python_says_what_is_missing_and_help_stays():
         (lambda d, m: splits.split_dataset(d, 0.7), "split_dataset: fractions must be of type tuple"),
         (lambda d, m: training.recipe(["short"]), "recipe: name must be of type str, got ['short']"),
         (lambda d, m: training.recipe("short", epochs="many"), "recipe short: epochs = 'many': "),
+        (lambda d, m: training.recipe("scratch", seed=2**64), f"recipe scratch: seed = {2**64}: Input should be less "),
         (lambda d, m: training.load_model(5), "load_model: path must be of type "),
         (lambda d, m: potentials.load_start_model("ani3"), "unknown start model 'ani3'"),
         (
             lambda d, m: potentials.predict(m, d.frames[0]),
             "predict: frames must be of type Sequence[Atoms], got an obj",
         ),
+        (lambda d, m: potentials.predict(m, ["a.xyz"]), "predict: frames must be of type Sequence[Atoms], got ['a.xyz"),
+        (lambda d, m: potentials.predict(m, d), "predict: frames must be of type Sequence[Atoms], got an object of ty"),
+        (lambda d, m: potentials.energy_spread(m, d.frames[0]), "energy_spread: frames must be of type Sequence[Atoms"),
+        (lambda d, m: potentials.TlmcCalculator("ani2xt"), "TlmcCalculator: potential must be of type Potential, got"),
+        (lambda d, m: potentials.TlmcCalculator((m, {})), "TlmcCalculator: potential must be of type Potential, got ("),
+        (lambda d, m: potentials.TlmcCalculator(m, device=0), "TlmcCalculator: device must be of type str | torch.dev"),
+        (lambda d, m: potentials.average(m), "average: models must be of type Sequence[Potential], got an object of t"),
+        (lambda d, m: potentials.average(["a.safetensors", "b.safetensors"]), "average: models must be of type Sequen"),
+        (lambda d, m: potentials.export_state_dict(m, None), "export_state_dict: path must be of type Path | str, got"),
+        (lambda d, m: training.save_model(m, None), "save_model: path must be of type Path | str, got None"),
+        (lambda d, m: sampling.predict_committee([m, "b"], d.frames), "predict_committee: models must be of type Pote"),
+        (lambda d, m: views.gallery(d.frames[0]), "gallery: structures must be of type Iterable[Atoms], got an object"),
+        (lambda d, m: views.gallery(["a.xyz"]), "gallery: structures must be of type Iterable[Atoms], got ['a.xyz']"),
         (lambda d, m: potentials.relabel(m, "Si=C"), "relabel: mapping must be of type Mapping[str, str], got 'Si=C'"),
         (lambda d, m: experiments.run_recipes(m, d, ["short"], 0), "n_seeds must be at least 1, got 0"),
         (lambda d, m: experiments.run_recipes(m, d, ["short"], -1), "n_seeds must be at least 1, got -1"),
@@ -107,3 +122,34 @@ def test_functions_of_the_package(call, sentence, dataset, ani2xt):
         call(dataset, ani2xt)
     assert "\n" not in str(caught.value)
     assert hasattr(caught.value, "_render_traceback_")
+
+
+def test_what_users_have_at_hand_is_taken(dataset, ani2xt):
+    """Numbers of numpy, devices of torch, frames in an array or still in their file."""
+    assert potentials.scratch(ani2xt, np.int64(3)) == potentials.scratch(ani2xt, 3)
+    two = dataset.frames[:2]
+    array = np.empty(2, dtype=object)
+    array[:] = two
+    expected = potentials.predict(ani2xt, two)
+    assert potentials.predict(ani2xt, array, torch.device("cpu")) == expected
+    assert potentials.TlmcCalculator(ani2xt, torch.device("cpu")).device == torch.device("cpu")
+
+
+def test_a_sequence_that_reads_its_items_is_not_read_for_the_check(ani2xt):
+    class Frames:
+        read: list[int] = []
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, k):
+            if k:
+                raise IndexError
+            self.read.append(k)
+            return molecule("H2O")
+
+    assert len(potentials.predict(ani2xt, Frames()).energies) == 1
+    reads = len(Frames.read)
+    Frames.read.clear()
+    _ = potentials.predict.__wrapped__(ani2xt, Frames())
+    assert len(Frames.read) == reads

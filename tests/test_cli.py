@@ -562,6 +562,10 @@ class TestCaseStudy:
         assert "0.0924" in text
         assert (tmp_path / "reports" / "tables" / "mine_sizes.csv").is_file()
         assert (tmp_path / "reports" / "figures" / "mine_parity_33.png").is_file()
+        monkeypatch.setattr(cli, "out", Console(width=80))
+        _, text, _ = tlmc("casestudy", folder, "--epochs", 1)
+        assert "0.0924" in text
+        assert "…" not in text
 
     def test_wrong_arguments_get_one_sentence(self, tlmc, folder, tmp_path):
         assert tlmc("casestudy", folder, "--sizes", "4,x")[0::2] == (

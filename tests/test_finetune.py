@@ -478,6 +478,8 @@ def test_an_interrupt_says_what_is_kept(tmp_path, monkeypatch):
         patch.setattr(finetuning, "build_cache", lambda *_, **__: signal.raise_signal(signal.SIGINT))
         with pytest.raises(Interrupted, match="it is as it was, the same call goes on"):
             finetune(student(), data, parts, config, tmp_path / "run")
+        with pytest.raises(Interrupted, match="before the first of 4 epochs: descriptors are kept once all of"):
+            finetune(student(), data, parts, config, tmp_path / "new")
     with monkeypatch.context() as patch:
         patch.setattr(finetuning, "_tidy", lambda _: signal.raise_signal(signal.SIGINT))
         with pytest.raises(Interrupted, match="the training had ended and is kept in"):

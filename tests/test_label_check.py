@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from tlmc.casestudy import CaseStudy
 from tlmc.cli import app
 from tlmc.datasets import load_dataset
-from tlmc.errors import DataError
+from tlmc.errors import DataError, Interrupted
 from tlmc.experiments import convergence, run_experiment
 from tlmc.label_check import check_labels, with_checked_stresses
 from tlmc.labelled import Dataset
@@ -343,3 +343,15 @@ def test_the_command_line_says_it(tmp_path, ethanol: Dataset) -> None:
     assert run.invoke(app, ["evaluate", "ani2xt", str(path), "--trust-labels"]).exit_code == 0
     right = run.invoke(app, ["evaluate", "ani2xt", str(path), "--units", "Hartree/Angstrom"])
     assert right.exit_code == 0
+
+
+@pytest.mark.parametrize("begin", [check_labels, lambda data, model: run_experiment(model, data, recipe("short"))])
+def test_an_interrupt_is_one_sentence(crystals, ani2xt, monkeypatch, begin):
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tlmc.label_check.predict", stop)
+    untold = replace(crystals, energies=crystals.energies + 1.0)
+    with pytest.raises(Interrupted, match="^interrupted while the labels of .* were compared with ani2xt: ") as caught:
+        begin(untold, ani2xt)
+    assert caught.value.__suppress_context__

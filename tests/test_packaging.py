@@ -225,20 +225,23 @@ from typer.testing import CliRunner
 from tlmc.cli import app
 assert tlmc.__file__.startswith({str(built)!r})
 for arguments in (
-    ["evaluate", {str(model)!r}, "my.extxyz"], ["fetch", "--list"], ["study"], ["finetune", "naphthalene"]
+    ["evaluate", {str(model)!r}, "my.extxyz"], ["fetch", "--list"], ["study"], ["finetune", "naphthalene"],
+    ["info", "qwertz"],
 ):
     result = CliRunner().invoke(app, arguments)
     sys.stdout.write(f"{{result.exit_code}} {{' '.join(result.output.split())}}\\n")
 """
     answer = installed("-c", code)
     assert answer.returncode == 0, answer.stderr
-    evaluated, listed, studied, embedded = answer.stdout.splitlines()
+    evaluated, listed, studied, embedded, unknown = answer.stdout.splitlines()
     assert re.match(r"0 .*force_rmse_vector", evaluated)
     assert "molcrys-mace/21_urea" in listed
     assert "naphthalene " not in listed.replace("13_naphthalene", "")
     assert studied.startswith("2 this needs the notebooks and data of the checkout of tlmc, and ")
     assert embedded.startswith("2 naphthalene: neither a file nor a known data set; ")
-    assert embedded.endswith("The embedded sets come with the checkout of tlmc only: set TLMC_ROOT to one")
+    checkout = "The embedded sets come with the checkout of tlmc only: set TLMC_ROOT to one"
+    assert embedded.endswith(f"? {checkout}")
+    assert unknown.endswith(f"known names. {checkout}")
 
 
 def test_citation_agrees_with_the_package():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
@@ -26,23 +26,25 @@ def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Let a function refuse arguments that are not what its annotations say.
 
     Only as far as the annotation is a class, a number, a text, a sequence or mapping of those, or a choice of them;
-    the items of a sequence are looked at where they are texts.
+    the items of a list, tuple or array are looked at where they are texts or of a class. On ``__init__``, the sentence
+    names the class.
 
     Raises
     ------
     ConfigError
         When the function is called with such an argument; the sentence names function, argument and value.
     """
-    signature = inspect.signature(function)
+    signature, empty = inspect.signature(function), inspect.Parameter.empty
+    named = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
 
     @functools.cache
     def hints() -> dict[str, Any]:
         found = {}
         for name, parameter in signature.parameters.items():
-            if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or parameter.annotation is empty:
                 continue
             try:
-                found[name] = eval(str(parameter.annotation), getattr(function, "__globals__", {}))
+                found[name] = eval(str(parameter.annotation), getattr(inspect.unwrap(function), "__globals__", {}))
             except NameError:  # imported for type checkers only
                 continue
         return found
@@ -58,7 +60,7 @@ def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
                 value = given[name]
                 shown = f"{value!r:.80}" if isinstance(value, _SHOWN) else f"an object of type {type(value).__name__}"
                 wanted = signature.parameters[name].annotation
-                raise ConfigError(f"{function.__name__}: {name} must be of type {wanted}, got {shown}")
+                raise ConfigError(f"{named}: {name} must be of type {wanted}, got {shown}")
         return function(*args, **kwargs)
 
     return call
@@ -73,9 +75,13 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in _NUMBERS:
         return isinstance(value, _NUMBERS[hint]) and (hint is bool or not isinstance(value, bool))
     kind = origin or hint
-    if kind is Sequence:
-        listed = hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, _NO_SEQUENCE)
-        return listed and (str not in inner or all(isinstance(item, str) for item in value))
+    if kind in (Sequence, Iterable):
+        wanted = ("__len__", "__getitem__") if kind is Sequence else ("__iter__",)
+        listed = all(hasattr(value, name) for name in wanted) and not isinstance(value, _NO_SEQUENCE)
+        # others may have to read each item from a file
+        looked_at = value if isinstance(value, list | tuple | np.ndarray) else ()
+        classes = [one for one in inner if inspect.isclass(one) and one not in _NUMBERS]
+        return listed and all(isinstance(item, one) for one in classes for item in looked_at)
     if kind in (tuple, list):
         return hasattr(value, "__len__") and not isinstance(value, _NO_SEQUENCE)
     return not inspect.isclass(kind) or kind is np.ndarray or isinstance(value, kind)

@@ -390,11 +390,12 @@ def casestudy(
         n_folds=folds,
     )
     text = format_errors(table)
-    columns: list[Column | str] = [
-        *map(str, text.index.names),
-        *(Column(name, justify="right") for name in text.columns),
+    # a narrow terminal breaks lines, and cuts no number short
+    columns = [
+        *(Column(str(name), overflow="fold") for name in text.index.names),
+        *(Column(name, justify="right", overflow="fold") for name in text.columns),
     ]
-    shown = Table(*columns, title="RMSE, test part")
+    shown = Table(*columns, title="RMSE, test part", box=None)
     for key, row in zip(text.index, text.to_numpy(), strict=True):
         shown.add_row(*key, *row)
     out.print(shown)

@@ -405,7 +405,7 @@ def _unknown(source: str, embedded: dict[str, Path]) -> str:
     try:
         data_dir()
     except FileNotFoundError:
-        hint += " The embedded sets come with the checkout of tlmc only: set TLMC_ROOT to one"
+        hint += f"{'' if near else '.'} The embedded sets come with the checkout of tlmc only: set TLMC_ROOT to one"
     return f"{source}: neither a file nor a known data set; {hint}"
 
 

@@ -22,7 +22,7 @@ from ase.data import covalent_radii
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from tlmc.errors import DataError
+from tlmc.errors import DataError, Interrupted
 from tlmc.geometry import by_composition, contacts
 from tlmc.labelled import Dataset
 from tlmc.potentials.calculator import Predictions, predict
@@ -132,11 +132,19 @@ def check_labels(dataset: Dataset, model: Potential, *, trust: bool = False) -> 
         If the labels cannot belong to the frames as they stand: what was found, the likely cause and what to do.
     ModelError
         If the model lacks an element.
+    Interrupted
+        On Ctrl-C.
     """
     key = (dataset.hash, dataset.units, _identity(model))
     first = key not in _REPORTS
     if first:
-        _REPORTS[key] = _compare(dataset, model)
+        try:
+            _REPORTS[key] = _compare(dataset, model)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"interrupted while the labels of {dataset.source} were compared with {model.name}: what was trained "
+                "before is kept, the same call goes on from there"
+            ) from None
     report = _REPORTS[key]
     trust = trust or os.environ.get("TLMC_TRUST_LABELS", "") not in ("", "0")
     if report.certain and not trust:

@@ -144,7 +144,10 @@ def _at_least(least: int) -> Any:
     return Annotated[int, Field(ge=least)]
 
 
-_ALL: Final[dict[str, Any]] = {"profile_name": _Name, "seed": _NotNegative}
+# what the generators of torch take
+_Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+_ALL: Final[dict[str, Any]] = {"profile_name": _Name, "seed": _Seed}
 _MODEL: Final[dict[str, Any]] = _ALL | {"start_model": StartModelName}
 _RUN: Final[dict[str, Any]] = _MODEL | {"dataset": _set(), "element_map": _ElementMap, "interactive": bool}
 

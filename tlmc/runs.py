@@ -54,7 +54,7 @@ class Run(BaseModel):
     """New element to donor."""
     borrow: Borrowing = "relabel"
     split: SplitMethod = "random"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Of split, training and choice of training frames."""
     trust_labels: bool = False
     """Train on labels that the start model shows to be wrong (:func:`tlmc.label_check.check_labels`)."""

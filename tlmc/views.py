@@ -104,6 +104,7 @@ def _ask_for_the_front_end_that_is_there() -> None:
         sys.modules[name] = module
 
 
+@checked
 @styled
 def gallery(
     structures: Iterable[Atoms], titles: Sequence[str] | None = None, *, n_columns: int = 4, width: float = 2 * COLUMN

@@ -17,6 +17,7 @@ from itertools import accumulate, combinations
 
 import torch
 
+from tlmc.arguments import checked
 from tlmc.descriptors.enrichment import Enrichment
 from tlmc.errors import ModelError
 from tlmc.potentials.model import Layer, Potential
@@ -26,6 +27,7 @@ _SAME = ("symbols", "aev", "self_energies", "fingerprint", "element_map", "scale
 """What models must have in common."""
 
 
+@checked
 def average(models: Sequence[Potential]) -> Potential:
     r"""Return the mean of several models: energies, forces and reference energies.
 

@@ -53,7 +53,7 @@ class _Evaluation(NamedTuple):
 
 
 @checked
-def predict(model: Potential, frames: Sequence[Atoms], device: str = "cpu") -> Predictions:
+def predict(model: Potential, frames: Sequence[Atoms], device: str | torch.device = "cpu") -> Predictions:
     """Return energies, forces and stresses of frames, each evaluated by itself.
 
     Frames that say that they are charged or have unpaired electrons are counted in a warning: the model knows neither,
@@ -100,6 +100,7 @@ def predict(model: Potential, frames: Sequence[Atoms], device: str = "cpu") -> P
     )
 
 
+@checked
 def member_energies(model: Potential, frame: Atoms) -> NDArray[np.float64]:
     """Return the energy of a frame according to each member of the ensemble, eV, shape ``(members,)``.
 
@@ -122,6 +123,7 @@ def member_energies(model: Potential, frame: Atoms) -> NDArray[np.float64]:
     return energies
 
 
+@checked
 def energy_spread(model: Potential, frames: Sequence[Atoms]) -> NDArray[np.float64]:
     r"""Return the disagreement of the members, :math:`\sigma / \sqrt{N}` (query by committee; thesis 2.4).
 
@@ -175,7 +177,8 @@ class TlmcCalculator(Calculator):
 
     implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]
 
-    def __init__(self, potential: Potential, device: str = "cpu") -> None:
+    @checked
+    def __init__(self, potential: Potential, device: str | torch.device = "cpu") -> None:
         Calculator.__init__(self)
         self.potential = potential
         self.device = find_device(device)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from tlmc.arguments import checked
 from tlmc.errors import ModelError
 from tlmc.files import atomic_path
 from tlmc.potentials.model import Layer, Potential
@@ -92,6 +93,7 @@ def to_torchani(model: Potential) -> ANI:
     return cast("ANI", result.to(model.dtype).requires_grad_(False))
 
 
+@checked
 def export_state_dict(model: Potential, path: Path | str) -> str:
     """Write the state dict of `to_torchani` atomically, and say which torchani model takes it.
 

@@ -151,6 +151,7 @@ def with_elements(model: Potential, mapping: Mapping[str, str], borrowing: Borro
     return (relabel if borrowing == "relabel" else extend)(model, mapping)
 
 
+@checked
 def first_members(model: Potential, n_members: int) -> Potential:
     """Return the ensemble of the first few members, under a name of its own (``ani2x-first2``).
 
@@ -249,7 +250,7 @@ def scratch(model: Potential, seed: int) -> Potential:
     seed
         Of the generator, any integer of 64 bits.
     """
-    generator = torch.Generator(device="cpu").manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(int(seed))
 
     def draw(like: Tensor) -> Tensor:
         normal = torch.randn(like.shape, generator=generator, dtype=torch.float64)

@@ -22,6 +22,7 @@ from ase import Atoms
 from numpy.random import Generator
 from numpy.typing import NDArray
 
+from tlmc.arguments import checked
 from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, ModelError
 from tlmc.potentials.calculator import Predictions, predict
@@ -110,6 +111,7 @@ def members(model: Potential) -> tuple[Potential, ...]:
     )
 
 
+@checked
 def predict_committee(models: Potential | Sequence[Potential], frames: Sequence[Atoms]) -> CommitteePredictions:
     """Return energies and forces of frames according to each member.
 

@@ -62,6 +62,7 @@ def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return {name: tensor.clone() for name, tensor in tensors.items()}, metadata
 
 
+@checked
 def save_model(potential: Potential, path: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
     """Write a model to one ``.safetensors`` file.
 

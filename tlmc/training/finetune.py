@@ -120,7 +120,7 @@ class FinetuneConfig(BaseModel):
     """Which weights the result, and the run folder, holds; the others are not kept. ``best`` has the lowest
     ``sqrt(force RMSE * energy RMSE)`` of the validation part: the forces alone are a trap, since a dozen frames contain
     outliers."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Order of the batches, and the weights with ``init="scratch"``."""
     precision: Literal["float32", "float64"] = "float32"
     richer: RicherColumns | None = None
@@ -964,7 +964,12 @@ def _how_to_go_on(folder: Path | None, whole: _State | None, config: FinetuneCon
         return f"interrupted: the training had ended and is kept in {folder}, the same call goes on from there"
     if whole is None and (folder / "state.safetensors").exists():
         return f"interrupted before {folder} went on: it is as it was, the same call goes on from there"
-    if whole is None or whole.epoch == 0:
+    if whole is None:
+        return (
+            f"interrupted before the first of {config.epochs} epochs: descriptors are kept once all of them are "
+            "computed, the same call begins anew"
+        )
+    if whole.epoch == 0:
         return f"interrupted in the first epoch of {config.epochs}: nothing is kept yet, the same call begins anew"
     return (
         f"interrupted after epoch {whole.epoch} of {config.epochs}, which is kept in {folder}: "
