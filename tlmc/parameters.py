@@ -202,7 +202,7 @@ PARAMETERS: Final[Mapping[str, _Values]] = {
     "10_single_run": _RUN
     | {
         "crystals_only": bool, "recipe_name": _Recipe, "settings": Annotated[str, AfterValidator(_settings)],
-        "label": str, "n_train": _NotNegative, "borrow": Borrowing, "split": SplitMethod,
+        "label": str, "n_train": _NotNegative, "borrow": Borrowing, "split": SplitMethod, "trust_labels": bool,
         "device": Annotated[str, AfterValidator(_device)],
     },
 }  # fmt: skip
