@@ -284,7 +284,8 @@ def test_two_processes_do_not_label_into_one_folder(tmp_path: Path) -> None:
     script = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from tlmc.labelling.labels import held, work_folder\n"
+        "from tlmc.files import held\n"
+        "from tlmc.labelling.labels import work_folder\n"
         f"with held(work_folder(Path({str(target)!r}), None)):\n"
         "    print('held', flush=True)\n"
         "    time.sleep(600)\n"

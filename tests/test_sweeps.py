@@ -86,6 +86,14 @@ class TestDescription:
             ("base: {}\n", "study = .*Field required"),
             ("study: a\nsweep: {}\n", "sweep = {}: Extra inputs"),
             ("study: a\nruns: []\n", r"runs = \[\]: List should have at least 1 item"),
+            ("study: ''\nbase: {dataset: naphthalene}\n", "study = '': String should have at least 1"),
+            ("study: a\nbase: {dataset: naphthalene}\ngrid: {seed: []}\n", r"grid.seed = \[\]: List should have at"),
+            (
+                "study: a\nbase: {dataset: naphthalene, settings: 3}\ngrid: {settings: [{lr: 1.0e-3}]}\n",
+                "settings = 3: Input should be",
+            ),
+            ("study: a\nbase: {dataset: naphthalene, label: start}\n", "'start' names the errors of the start model"),
+            ("study: a\nbase: {dataset: naphthalene, settings: {seed: 3}}\n", "seed is a field of the run"),
             ("study: a\ngrid: {seed: 3}\n", "grid.seed = 3: Input should be a valid list"),
             ("study: a\nbase: {dataset: naphthalene, batch: 3}\n", "batch = 3: Extra inputs"),
             ("study: a\nbase: {dataset: naphthalene}\ngrid: {settings: [{batch: 3}]}\n", "'batch': 3.*Extra inputs"),
@@ -334,9 +342,8 @@ class TestRun:
         state, devices = results / "runs" / "state", []
 
         def stopped(step, target, metrics):
-            state.parent.mkdir(exist_ok=True)
             if not state.exists():
-                state.write_text(str(step.parameters["dataset"]))
+                write_text(state, str(step.parameters["dataset"]))
             devices.append(step.changes["device"])
             raise StudyError("no more time")
 
@@ -352,10 +359,13 @@ class TestRun:
         assert devices == ["cpu", "cpu", "cuda"]
         assert state.stat().st_mtime_ns == kept
         state.write_text("of other code")
+        own = state.with_name("notes.txt")
+        own.write_text("mine")  # put there while the run was under way
         monkeypatch.setattr(sweeps, "_shared_inputs", lambda: {"program": "other"})
         with pytest.raises(StudyError):
             sweeps.carry_out(parameters, results)
         assert state.read_text() == "naphthalene"
+        assert own.read_text() == "mine"
 
     def test_wrong_parameters_are_refused_before_the_notebook_runs(self, tmp_path):
         (tmp_path / "a.yml").write_text("dataset: naphthalene\nepochs: 3\n")

@@ -115,6 +115,15 @@ sweep_app = typer.Typer(
 )
 app.add_typer(sweep_app, name="sweep")
 
+
+def _home(path: Path | None) -> Path | None:
+    """Return a path in which ~ means the home folder also where no shell said so, as in --output=~/results."""
+    try:
+        return path and path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: there is no such home folder") from error
+
+
 Mapped = Annotated[
     list[str] | None, typer.Option("--map", metavar="NEW=DONOR", help="Let an element borrow a network, e.g. Si=C.")
 ]
@@ -188,7 +197,7 @@ def study(
             "--parameter", "-p", metavar="NAME=VALUE", help="A parameter, for all notebooks that have it; repeatable."
         ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Reports folder.")] = None,
+    output: Annotated[Path | None, typer.Option(callback=_home, help="Reports folder.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Also run notebooks that are complete and unchanged.")] = False,
     data: Annotated[
         Path | None,
@@ -216,7 +225,8 @@ def study(
     if trust_labels:
         # inherited by the kernels of the notebooks
         os.environ["TLMC_TRUST_LABELS"] = "1"
-    parameters = {key: yaml.safe_load(value) for key, value in _pairs(parameter, "--parameter").items()}
+    pairs = _pairs(parameter, "--parameter")
+    parameters = {key: _value(value, f"--parameter {key}={value}") for key, value in pairs.items()}
     index = run_study(profile, notebook, parameters=parameters, output=output, force=force, data=data)
     out.print(f"report: {index}", soft_wrap=True)
 
@@ -247,7 +257,8 @@ def finetune(
     stress_key: StressKey = None,
     units: Units = None,
     run_dir: Annotated[
-        Path | None, typer.Option(help="Default: a folder under <reports>/runs, named after data, model and settings.")
+        Path | None,
+        typer.Option(callback=_home, help="Default: a folder under <reports>/runs, named after data, model, settings."),
     ] = None,
     study_name: Annotated[
         str | None, typer.Option("--record", metavar="STUDY", help="Add the test errors to metrics/summary.parquet.")
@@ -292,8 +303,8 @@ def finetune(
     from tlmc.training.devices import find_device
     from tlmc.training.finetune import recipe as named_recipe
 
-    changes = {key: yaml.safe_load(value) for key, value in _pairs(setting, "--set").items()}
     named = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
+    changes = _settings(setting, {"seed": "--seed"} | _options(named))
     config = named_recipe(recipe, **(changes | {key: value for key, value in named.items() if value is not None}))
     launched = distributed.launched_processes()
     if processes > 1 and launched not in (1, processes):
@@ -320,7 +331,7 @@ def finetune(
         )  # fmt: skip
     if not group.is_first:
         return
-    _parity(experiment.run_dir / "parity.png", experiment.test, experiment.stages, recipe)
+    _parity(experiment.run_dir / "parity.png", experiment.test, experiment.stages, config.recipe)
     title = f"{data.name}: errors on {len(experiment.test)} test frames, trained on {len(experiment.split.train)}"
     _print_metrics(title, experiment.stages)
     _warn_if_worse(experiment.stages, config.recipe, config.lr)
@@ -368,7 +379,7 @@ def casestudy(
     from tlmc.potentials.pretrained import load_start_model
     from tlmc.potentials.transfer import THESIS_DONORS
 
-    changes = {key: yaml.safe_load(value) for key, value in _pairs(setting, "--set").items()}
+    changes = _settings(setting, {"seed": "--seeds", "recipe": "--recipe"} | _options({"epochs": epochs}))
     numbers = [_whole_number(part) for part in sizes.split(",") if part.strip()]
     case = CaseStudy(
         load_start_model(start_model),
@@ -406,7 +417,9 @@ def casestudy(
 def evaluate(
     model: Annotated[str, typer.Argument(help="ani2x, ani2xt, or a model.safetensors.")],
     dataset: Annotated[str, typer.Argument(help="Name (tlmc fetch --list) or any file that ASE reads.")],
-    split: Annotated[Path | None, typer.Option(help="split.json of a run: evaluate on one part only.")] = None,
+    split: Annotated[
+        Path | None, typer.Option(callback=_home, help="split.json of a run: evaluate on one part only.")
+    ] = None,
     part: Annotated[Literal["train", "validation", "test"], typer.Option(help="The part of --split.")] = "test",
     refit: Annotated[
         bool, typer.Option("--refit", help="Fit the energy offset first: on the training part of --split.")
@@ -418,7 +431,9 @@ def evaluate(
     forces_key: ForcesKey = None,
     stress_key: StressKey = None,
     units: Units = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for metrics.json and per_frame.csv.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(callback=_home, help="Folder for metrics.json and per_frame.csv.")
+    ] = None,
     study_name: Annotated[
         str | None,
         typer.Option("--record", metavar="STUDY", help="Add the errors on --part to metrics/summary.parquet."),
@@ -499,7 +514,7 @@ def evaluate(
 @app.command()
 def average(
     models: Annotated[list[str], typer.Argument(help="Two or more model.safetensors of one start model.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Model file to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", callback=_home, help="Model file to write.")],
 ) -> None:
     """Write the mean of several fine-tuned models as one model, to be used like any other.
 
@@ -521,6 +536,8 @@ def average(
         raise ConfigError(f"{output} must end in .safetensors, so that it is known as a model file")
     if output.exists() and "mean_of" not in load_model(output)[1]:
         raise ConfigError(f"{output} is no mean of models, and would be replaced: name another file")
+    if output.exists() and any(output.samefile(model) for model in models if Path(model).exists()):
+        raise ConfigError(f"{output} is one of the models to average, and would be replaced: name another file")
     loaded = [load_model(model) for model in models]
     mean = mean_of([potential for potential, _ in loaded])
     sets = {}
@@ -643,9 +660,9 @@ def label(
             help="Any file that ASE reads, all of its frames; with --recipe also smiles:SMILES.", show_default=False
         ),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Labelled file, .extxyz or .extxyz.xz.")] = Path(
-        "labelled.extxyz"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", callback=_home, help="Labelled file, .extxyz or .extxyz.xz.")
+    ] = Path("labelled.extxyz"),
     method: Annotated[
         str | None, typer.Option(help="gfn2-xtb, gfn1-xtb, module:function or file.py:function. [default: gfn2-xtb]")
     ] = None,
@@ -776,7 +793,8 @@ def peer(
 def sweep_plan(
     description: Annotated[Path, typer.Argument(help="YAML file, as those in notebooks/sweeps.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder of the sweep. [default: <reports>/sweeps/<name>]")
+        Path | None,
+        typer.Option("--output", "-o", callback=_home, help="Folder of the sweep. [default: <reports>/sweeps/<name>]"),
     ] = None,
 ) -> None:
     """Write one parameters file per run; those that would not change are left alone.
@@ -795,7 +813,7 @@ def sweep_plan(
 @sweep_app.command("run")
 def sweep_run(
     parameters: Annotated[Path, typer.Argument(help="A parameters file of a plan.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of this run's results.")],
+    output: Annotated[Path, typer.Option("--output", "-o", callback=_home, help="Folder of this run's results.")],
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
     """Carry out one run: execute the notebook 10_single_run, leave metrics.json.
@@ -850,6 +868,28 @@ def _pairs(items: list[str] | None, option: str) -> dict[str, str]:
     return pairs
 
 
+def _settings(items: list[str] | None, options: Mapping[str, str]) -> dict[str, Any]:
+    """Return the settings of --set as YAML reads them; what an option says is not said twice."""
+    changes = {}
+    for key, value in _pairs(items, "--set").items():
+        if key in options:
+            raise ConfigError(f"--set {key}={value} is overruled by {options[key]}: set it there alone")
+        changes[key] = _value(value, f"--set {key}={value}")
+    return changes
+
+
+def _options(given: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names of the options that were given."""
+    return {key: f"--{key.replace('_', '-')}" for key, value in given.items() if value is not None}
+
+
+def _value(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+
+
 def _whole_number(text: str) -> int:
     if not (text.strip().isdigit() and int(text) > 0):
         raise ConfigError(f"a number of training frames must be a positive integer, got {text.strip()!r}")
@@ -883,7 +923,7 @@ def _check_evaluation(output: Path) -> None:
     if metrics.is_file():
         try:
             content = json.loads(metrics.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or no text
             content = None
         if not (isinstance(content, dict) and "offset_refitted" in content):
             raise ConfigError(
@@ -904,20 +944,22 @@ def _weights_id(model: str) -> str:
 
 
 def _read_split(path: Path, data: Dataset) -> Any:
+    from tlmc.errors import DataError
     from tlmc.splits import Split
 
     try:
         split = Split.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except json.JSONDecodeError as error:
+    except (ValueError, AttributeError, DataError) as error:  # no text, no JSON, another JSON, no split
         raise ConfigError(f"{path} is not a split: {error}") from error
     run = path.with_name("run.json")
     try:
         trained_on = json.loads(run.read_text(encoding="utf-8"))["data"] if run.exists() else None
-    except (json.JSONDecodeError, KeyError) as error:
+        known = trained_on and (trained_on["hash"], trained_on["frames"], trained_on["name"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{run}, beside the split, does not describe a run: {error}") from error
-    if trained_on is not None and trained_on["hash"] != data.hash:
+    if known and known[0] != data.hash:
         raise ConfigError(
-            f"{path} belongs to a run on {trained_on['frames']} frames of {trained_on['name']}, not on these "
+            f"{path} belongs to a run on {known[1]} frames of {known[2]}, not on these "
             f"{len(data)} of {data.name}: is --crystals-only the difference?"
         )
     largest = max(int(indices.max(initial=0)) for indices in (split.train, split.validation, split.test))

@@ -17,7 +17,7 @@ import torch
 from tlmc.arguments import checked
 from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError
-from tlmc.evaluation.comparison import Stage, before_and_after, rows_from_stages
+from tlmc.evaluation.comparison import REFITTED, START, Stage, before_and_after, rows_from_stages
 from tlmc.evaluation.metrics import as_json, evaluate
 from tlmc.evaluation.records import NAMES, append_records, identity, rows_from_metrics
 from tlmc.files import write_json, write_text
@@ -107,12 +107,13 @@ def run_experiment(
     Interrupted
         On Ctrl-C or SIGTERM; the same call goes on.
     """
+    check_name(config.recipe)
     parts = split if isinstance(split, Split) else split_dataset(dataset, method=split, seed=config.seed)
     # every process of a group finds the same, only the first is heard
     check_labels(dataset, model, trust=trust_labels)
     if n_train:
         parts = shrunk(parts, n_train, config.seed, dataset)
-    folder = run_dir or reports_dir() / "runs" / run_name(model, dataset, parts, config)
+    folder = run_dir.expanduser() if run_dir else reports_dir() / "runs" / run_name(model, dataset, parts, config)
     result = finetune(
         model, dataset, parts, config, folder, progress=progress, tensorboard=tensorboard, device=device, group=group
     )
@@ -126,6 +127,12 @@ def run_experiment(
             f"interrupted while the result was evaluated: it is kept in {folder}, the same call goes on from there",
         ) from None
     return Experiment(dataset, parts, result, stages, folder)
+
+
+def check_name(name: str) -> None:
+    """Raise a ConfigError if the results of a training cannot be filed under a name."""
+    if name in (START, REFITTED):
+        raise ConfigError(f"{name!r} names the errors of the start model, which come with every run: choose another")
 
 
 def _evaluate(model: Potential, dataset: Dataset, parts: Split, result: FinetuneResult, study: str) -> dict[str, Stage]:

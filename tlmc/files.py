@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from tlmc.errors import ConfigError
+from tlmc.errors import ConfigError, DataError
 
 WRITTEN_LIST: Final = "TLMC_WRITTEN_LIST"
 """Environment variable with the path of a list that every file written by this package is added to: what a run may
@@ -97,6 +97,33 @@ def claim(folder: Path, marker: Collection[str], what: str) -> None:
         raise ConfigError(
             f"{folder} holds files that are not those of {what} ({names}): name another folder, new or empty"
         )
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes from working in a folder, by a file ``.lock`` in it; where files cannot be locked, do not.
+
+    Raises
+    ------
+    DataError
+        If one does.
+    """
+    from filelock import FileLock, Timeout  # slow to import, and --help does without it
+
+    path = folder / ".lock"
+    note_written(path)
+    lock = FileLock(path, timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise DataError(f"another process is at work in {folder}: wait for it, or choose another output") from error
+    except NotImplementedError:  # some network file systems
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(target: Path | str, text: str) -> None:

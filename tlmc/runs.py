@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tlmc.datasets import load_dataset
 from tlmc.errors import ConfigError, problems_of
 from tlmc.evaluation.forgetting import forgetting
 from tlmc.evaluation.records import append_records, identity, rows_from_metrics
-from tlmc.experiments import Experiment, run_experiment
+from tlmc.experiments import Experiment, check_name, run_experiment
 from tlmc.files import write_text
 from tlmc.labelled import Dataset
 from tlmc.potentials.model import Potential
@@ -45,7 +45,8 @@ class Run(BaseModel):
     start_model: Literal["ani2x", "ani2xt"] = "ani2x"
     recipe: str = "short"
     settings: dict[str, Any] = Field(default_factory=dict)
-    """What differs from the recipe, fields of :class:`tlmc.training.finetune.FinetuneConfig`."""
+    """What differs from the recipe, fields of :class:`tlmc.training.finetune.FinetuneConfig`; `seed` and the name of
+    the recipe are fields of the run."""
     label: str = ""
     """Name that results are filed under; by default the recipe and what differs from it, in the data too."""
     n_train: int = Field(0, ge=0)
@@ -58,6 +59,14 @@ class Run(BaseModel):
     """Of split, training and choice of training frames."""
     trust_labels: bool = False
     """Train on labels that the start model shows to be wrong (:func:`tlmc.label_check.check_labels`)."""
+
+    @field_validator("settings")
+    @classmethod
+    def _check_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Refuse what a field of the run would silently overrule."""
+        for name in {"recipe", "seed"} & set(settings):
+            raise ValueError(f"{name} is a field of the run, not one of its settings")
+        return settings
 
     @property
     def name(self) -> str:
@@ -88,7 +97,9 @@ class Run(BaseModel):
         # fields that came later stay out where they change nothing, as in the file
         digest = hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()[:8]
         words = [Path(self.dataset).stem, self.start_model, self.name, str(self.n_train or ""), f"seed{self.seed}"]
-        return "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", word).strip("_") for word in words if word) + f"-{digest}"
+        # a file system takes 255 letters for the whole
+        words = [re.sub(r"[^A-Za-z0-9.]+", "_", word).strip("_")[:80] for word in words if word]
+        return "-".join([*words, digest]).lstrip(".")
 
 
 def execute(run: Run, study: str = "", progress: bool | None = None, device: str = "cpu") -> Experiment:
@@ -179,7 +190,7 @@ def read_yaml(path: Path | str) -> Any:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
 
 
@@ -204,6 +215,7 @@ def make_run(content: Any, where: str) -> Run:
         raise ConfigError(f"{where}: {problems_of(error)}") from error
     try:
         _ = run.config  # an unknown setting is said now, not after the data are loaded
+        check_name(run.name)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     return run

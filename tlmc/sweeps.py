@@ -28,7 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 import yaml
@@ -61,13 +61,13 @@ class Sweep(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    study: str
+    study: str = Field(min_length=1)
     """Name that the results are filed under."""
     base: dict[str, Any] = Field(default_factory=dict)
     """What all runs share, fields of :class:`tlmc.runs.Run`."""
     runs: list[dict[str, Any]] = Field([{}], min_length=1)
     """What belongs together, e.g. a data set and its element map."""
-    grid: dict[str, list[Any]] = Field(default_factory=dict)
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
     """Field to its values; all combinations are run. ``settings`` add to those of `base` and `runs`."""
 
 
@@ -268,7 +268,7 @@ def _carry_out(step: Step, name: str, folder: Path, digest: str, device: str) ->
         "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
         "records": read_records(folder / "metrics").to_dict("records"),
     }
-    error_file.unlink()
+    error_file.unlink(missing_ok=True)
     write_json(target, content)
     return target
 
@@ -374,17 +374,10 @@ def _noted(target: Path) -> Iterator[None]:
     """Note the names of all files that are written meanwhile, by this process and its kernels, in a list."""
     saved = os.environ.get(WRITTEN_LIST)
     os.environ[WRITTEN_LIST] = str(target)
-    runs = target.with_name("runs")
-    before = set(runs.rglob("*"))
     try:
         target.touch()
         yield
     finally:
-        # what a library wrote by itself beside a training
-        names = {os.path.relpath(path, target.parent) for path in set(runs.rglob("*")) - before if not path.is_dir()}
-        new = sorted(names - set(target.read_text(encoding="utf-8").splitlines()))
-        with target.open("a", encoding="utf-8") as stream:
-            stream.writelines(f"{name}\n" for name in new)
         if saved is None:
             os.environ.pop(WRITTEN_LIST, None)
         else:
@@ -421,6 +414,9 @@ def _combinations(sweep: Sweep) -> Iterator[dict[str, Any]]:
             parts = (sweep.base, fields, varied)
             merged: dict[str, Any] = {key: value for part in parts for key, value in part.items()}
             layers = [part["settings"] for part in parts if "settings" in part]
-            if len(layers) > 1 and all(isinstance(layer, dict) for layer in layers):
+            wrong = [layer for layer in layers if not isinstance(layer, dict)]
+            if wrong:
+                merged["settings"] = wrong[0]  # refused where the run is made, not hidden by another layer
+            elif layers:
                 merged["settings"] = {key: value for layer in layers for key, value in layer.items()}
             yield merged

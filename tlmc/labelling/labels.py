@@ -10,7 +10,7 @@ import shutil
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CalledProcessError
@@ -22,11 +22,10 @@ from ase import Atoms
 from ase.calculators.calculator import CalculatorSetupError
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from tlmc.errors import ConfigError, DataError
-from tlmc.files import atomic_path, sha256_file, write_json
+from tlmc.files import atomic_path, held, sha256_file, write_json
 from tlmc.labelling.frames import content_words, rounded, work_key
 from tlmc.labelling.identity import differences, identified
 from tlmc.labelling.methods import Method, TBLiteFactory
@@ -254,26 +253,6 @@ def work_folder(target: Path, work: Path | None) -> Path:
     check_free(target, folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep other processes from working in a folder.
-
-    Raises
-    ------
-    DataError
-        If one does.
-    """
-    lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise DataError(f"another process is at work in {folder}: wait for it, or choose another output") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _say_states(states: Sequence[State], method: Method) -> None:

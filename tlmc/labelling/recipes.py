@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from ase import Atoms
 
 from tlmc.errors import ConfigError
+from tlmc.files import held
 from tlmc.labelling.frames import template
 from tlmc.labelling.identity import identified
-from tlmc.labelling.labels import LabelReport, check_name, held, label, work_folder
+from tlmc.labelling.labels import LabelReport, check_name, label, work_folder
 from tlmc.labelling.methods import Method, method
 from tlmc.labelling.molecules import isolated_molecules, make_whole
 from tlmc.labelling.packings import Packings, pack

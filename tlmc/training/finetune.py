@@ -6,10 +6,11 @@ import hashlib
 import json
 import logging
 import math
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -29,7 +30,7 @@ from tlmc.arguments import checked
 from tlmc.descriptors.enrichment import Compression, fit_enrichment
 from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError, ModelError, nearest_first, problems_of
-from tlmc.files import atomic_path, claim, write_json
+from tlmc.files import atomic_path, claim, held, write_json
 from tlmc.labelled import Dataset
 from tlmc.potentials.model import Potential
 from tlmc.potentials.transfer import enrich, first_members, scratch, trainable_layers
@@ -77,7 +78,7 @@ class FinetuneConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    recipe: str = "thesis"
+    recipe: str = Field("thesis", min_length=1)
     """Name that results are filed under."""
     init: Literal["start", "scratch"] = "start"
     """Begin from the start model's weights, or from N(0, 0.1)."""
@@ -262,7 +263,9 @@ def finetune(
     model
         Start model; every element of the data must have a network (see :func:`tlmc.potentials.relabel`).
     dataset, split
-        Labelled frames and their parts. The test part is not looked at.
+        Labelled frames and their parts. The test part is not looked at. Labels are taken as they are: whoever calls
+        this has compared them with the start model, as :func:`tlmc.experiments.run_experiment` does
+        (:func:`tlmc.label_check.check_labels`).
     config
         Settings; the thesis protocol by default. See :func:`recipe`.
     run_dir
@@ -297,7 +300,7 @@ def finetune(
         above a hundred times) that of the start model and that of predicting no forces, or 0.3 eV/atom. Nothing but
         the curve is kept then. A result that is merely worse than the start model is warned of.
     DataError
-        If the split does not belong to the data set.
+        If the split does not belong to the data set, or another process is training in `run_dir`.
     ConfigError
         If `run_dir` holds a run with other settings or data, or files but no run, TensorBoard is asked for but missing,
         there is no such device, or the processes of a group differ in what they were given.
@@ -315,15 +318,18 @@ def finetune(
     description = _describe(model, dataset, split, config)
     run_id = _hash(description)
     group.check_same(run_id, "settings, data or start weights")
-    folder = None if run_dir is None else Path(run_dir)
-    if folder is not None:
-        if group.is_first:
-            _claim(folder, description, split)
-        if group.from_first((folder / "model.safetensors").exists()):
-            return _finished(folder, config, run_id, dataset.subset(split.validation), tidy=group.is_first)
-    if not group.is_first:
-        folder, progress = None, False
-    with _kept_on_interrupt(folder, config, run_id) as keep:
+    folder = None if run_dir is None else Path(run_dir).expanduser()
+    with ExitStack() as stack:
+        if folder is not None:
+            if group.is_first:
+                _claim(folder, description, split)
+                if not _has_model(folder):
+                    stack.enter_context(held(folder))
+            if group.from_first(_has_model(folder)):
+                return _finished(folder, config, run_id, dataset.subset(split.validation), tidy=group.is_first)
+        if not group.is_first:
+            folder, progress = None, False
+        keep = stack.enter_context(_kept_on_interrupt(folder, config, run_id))
         return _train(
             ensemble, dataset, split, config, folder, description | {"run_id": run_id}, keep,
             progress, tensorboard, checkpoint_seconds, threads, group,
@@ -747,9 +753,13 @@ class _Errors:
 
 
 def run_name(model: Potential, dataset: Dataset, split: Split, config: FinetuneConfig) -> str:
-    """Return a folder name that says what a run is and changes with everything that decides its result."""
-    data = dataset.name.replace("/", "-")
-    return f"{data}-{model.name}-{config.recipe}-{config.seed}-{_hash(_describe(model, dataset, split, config))}"
+    """Return a folder name that says what a run is and changes with everything that decides its result.
+
+    Names come from users and files: what would lead to another folder is replaced, and what is too long for a file
+    system cut off.
+    """
+    names = (re.sub(r"[/\\\x00-\x1f\x7f]+", "-", name)[:60] for name in (dataset.name, model.name, config.recipe))
+    return f"{'-'.join(names)}-{config.seed}-{_hash(_describe(model, dataset, split, config))}"
 
 
 def start_hash(model: Potential) -> str:
@@ -837,10 +847,10 @@ def _claim(folder: Path, description: dict[str, Any], split: Split) -> None:
         write_json(folder / "split.json", split.to_json())
         return
     try:
-        there = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        theirs = _flatten(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError) as error:  # no text, no JSON, another JSON
         raise ConfigError(f"{path} is not readable ({error}): choose another run_dir or delete this one") from error
-    ours, theirs = _flatten(description), _flatten(there)
+    ours = _flatten(description)
     different = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
     if different:
         listed = ", ".join(f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} now)" for key in different[:4])
@@ -877,6 +887,8 @@ def _finished(folder: Path, config: FinetuneConfig, run_id: str, validation: Dat
 def _tidy(folder: Path) -> None:
     """Remove what a finished run has no use for: its state to go on from, never anything that it did not write."""
     (folder / "state.safetensors").unlink(missing_ok=True)
+    with suppress(OSError):  # where open files cannot be removed
+        (folder / ".lock").unlink(missing_ok=True)
 
 
 def _tidy_later(folder: Path, run_id: str) -> None:
