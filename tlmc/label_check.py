@@ -25,7 +25,7 @@ from scipy.optimize import linear_sum_assignment
 from tlmc.errors import DataError
 from tlmc.geometry import by_composition, contacts
 from tlmc.labelled import Dataset
-from tlmc.potentials.calculator import Predictions, predict
+from tlmc.potentials.calculator import CLOSE, Predictions, predict
 from tlmc.potentials.model import Potential
 from tlmc.stress_check import StressReport, check_stresses
 from tlmc.units import BOHR, HARTREE, KCAL_PER_MOL
@@ -79,8 +79,8 @@ _BOND_LENGTHS, _VOLUMES_PER_ATOM = (0.75, 1.45), (2.0, 1000.0)
 _SHIFTS, _REACH, _SHIFT_RESIDUAL = 5, 2500, 0.6
 # A frame whose forces fit another one like this, and its own like that, has the other's labels.
 _FOREIGN_FIT, _FOREIGN_OWN = 0.8, 0.35
-# Frames of one composition that tell whether energies are shifted.
-_ENERGY_FRAMES = 10
+# Frames of one composition that tell whether energies are shifted, and how sure that must be, in standard deviations.
+_ENERGY_FRAMES, _ENERGY_DEVIATIONS = 10, 3.5
 
 
 @dataclass(frozen=True)
@@ -370,6 +370,7 @@ def _in_other_lengths(dataset: Dataset, model: Potential, sample: _Sample) -> It
         for what, (moves, grows) in changes.items() if periodic else [("positions", (True, False))]:
             scaled = [frame.copy() for frame in frames]
             for frame in scaled:
+                frame.info.clear()  # its charge is no matter of a warning once more
                 frame.positions *= factor if moves else 1.0
                 frame.cell *= factor if grows else 1.0
             if _BOND_LENGTHS[0] < _bond_length(scaled) < _BOND_LENGTHS[1]:
@@ -381,7 +382,8 @@ def _in_other_lengths(dataset: Dataset, model: Potential, sample: _Sample) -> It
 def _bond_length(frames: Sequence[Atoms]) -> float:
     """Return the median distance of an atom from its nearest neighbour, in sums of covalent radii.
 
-    NaN if atoms overlap or the density is that of no matter, which would also take a long list of neighbours.
+    NaN if atoms are closer than a model knows or the density is that of no matter, which would also take a long list of
+    neighbours.
     """
     nearest = []
     for frame in frames:
@@ -389,13 +391,14 @@ def _bond_length(frames: Sequence[Atoms]) -> float:
             return math.nan
         radii = covalent_radii[frame.numbers]
         first, second, _, distance = contacts(frame, 4.0 * radii.max())
+        if distance.min(initial=np.inf) < CLOSE:
+            return math.nan
         ratio = distance / (radii[first] + radii[second])
         shortest = np.full(len(frame), 10.0)
         np.minimum.at(shortest, first, ratio)
         np.minimum.at(shortest, second, ratio)
         nearest.append(shortest)
-    every = np.concatenate(nearest)
-    return float(np.median(every)) if every.min() > 0.4 else math.nan
+    return float(np.median(np.concatenate(nearest)))
 
 
 def _rearranged(dataset: Dataset, sample: _Sample) -> Iterator[_Match]:
@@ -613,8 +616,10 @@ def _energy_finding(dataset: Dataset, model: Potential, sample: _Sample) -> tupl
                 continue
             positions, others = np.array(pairs).T
             shifted = _correlation(energies[positions], dataset.energies[others])
-            # sets that are sorted in some way have alike energies beside each other
-            if shifted > _FITS_WELL and 1 - shifted**2 < _SHIFT_RESIDUAL * (1 - given**2) and shifted > given:
+            # sets that are sorted in some way have alike energies beside each other, and the ratio of two residuals of
+            # n frames varies by a factor of exp(sqrt(4 / n)) by chance
+            less = min(_SHIFT_RESIDUAL, math.exp(-_ENERGY_DEVIATIONS * math.sqrt(4 / len(pairs))))
+            if shifted > max(_FITS_WELL, given) and 1 - shifted**2 < less * (1 - given**2):
                 return (
                     f"the energies are shifted by {abs(step)} frame{'s' if abs(step) > 1 else ''} against the forces "
                     f"(correlation with {model.name} {given:.2f}, {shifted:.2f} with that undone; {len(pairs)} "

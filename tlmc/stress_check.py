@@ -42,8 +42,9 @@ _PER_COMPOSITION, _CRYSTALS = 3, 4
 # Correlations that right stresses have, that another form must have, and by which the best form must be better than the
 # one at hand; the three shears, which tell most orders apart, by more.
 _AGREES, _EXPLAINS, _MARGIN, _SHEAR_MARGIN = 0.5, 0.72, 0.08, 0.3
-# Size relative to the model's: what is usual, and factors from it within which a unit is possible, and a good guess.
-_USUAL_SIZE, _POSSIBLE, _LIKELY = 0.9, 2.4, 1.6
+# Size relative to the model's: what is usual, and factors from it within which a unit is possible, and a good guess;
+# eV/A^3 is far from all other units, and a few crystals may miss the model's size by more.
+_USUAL_SIZE, _POSSIBLE, _LIKELY, _POSSIBLE_AS_READ = 0.9, 2.4, 1.6, 5.0
 
 
 class StressReport(NamedTuple):
@@ -87,7 +88,7 @@ def check_stresses(
     who = f"{dataset.source}: the stresses of {count} crystals"
     near = [form for form, fit in fits.items() if fit.correlation > best - 2 * _MARGIN and fit.misfit < _POSSIBLE]
     shear = max((fits[form].shear for form in near), default=0.0)
-    fits_in_size = own.correlation > max(_AGREES, best - _MARGIN) and own.misfit < _POSSIBLE
+    fits_in_size = own.correlation > max(_AGREES, best - _MARGIN) and own.misfit < _POSSIBLE_AS_READ
     if fits_in_size and own.shear > shear - _SHEAR_MARGIN:
         return StressReport("", False, dataset.stresses)
     if best < _EXPLAINS:
