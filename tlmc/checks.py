@@ -390,8 +390,8 @@ def _forces_without_work(dataset: Dataset) -> _Problems:
 
     Between two frames of one cell that differ by displacements u, ``E_2 - E_1 = -(F_1 + F_2).u / 2`` up to third order.
     The slope of one side on the other is near 1 for any labels that belong together (0.81 to 1.03 on eight public
-    sets, 0.39 to 1.24 on a dozen of their frames), -1 for gradients, 51 for forces in Hartree/Bohr beside eV. Frames that are too
-    different decide nothing.
+    sets, 0.39 to 1.24 on a dozen of their frames), -1 for gradients, 51 for forces in Hartree/Bohr beside eV. Frames
+    that are too different decide nothing.
     """
     groups: defaultdict[tuple[bytes, bytes], list[int]] = defaultdict(list)
     for k, frame in enumerate(dataset.frames):
