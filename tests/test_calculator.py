@@ -414,7 +414,7 @@ UNUSUAL = [
 ]
 USUAL = [
     charged(),
-    charged(info={"charge": 0, "multiplicity": 1}),
+    charged(info={"charge": 0, "multiplicity": 1, "charge0": 1}),
     charged(info={"charge": "unknown"}),
     charged(info={"charge": [0.4, 0.4, -0.8]}),
     charged(info={"charge": float("nan")}),

@@ -248,6 +248,7 @@ def test_noise_of_a_repeated_calculation_is_no_conflict() -> None:
         ({}, {"charge": -1}),
         ({"total_charge": 0.0}, {"total_charge": 1.0}),
         ({"Charge": 0}, {"charge": 2}),
+        ({"system charge": 0}, {"systemCharge": 2}),
         ({"spin": 1}, {"spin": 1, "charge": 1}),
         ({"multiplicity": 1}, {"multiplicity": 3}),
         ({"charge": 0, "spin_multiplicity": 1}, {"charge": 0, "spin_multiplicity": 3}),

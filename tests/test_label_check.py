@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 from ase import Atoms, units
 from ase.build import molecule
+from ase.optimize import FIRE
 from scipy.spatial.transform import Rotation
 from typer.testing import CliRunner
 
 from tlmc.casestudy import CaseStudy
+from tlmc.checks import check_dataset
 from tlmc.cli import app
 from tlmc.datasets import load_dataset
 from tlmc.errors import DataError, Interrupted
 from tlmc.experiments import convergence, run_experiment
 from tlmc.label_check import check_labels, with_checked_stresses
 from tlmc.labelled import Dataset
-from tlmc.potentials import THESIS_DONORS, Potential, predict, relabel, scratch, with_elements
+from tlmc.potentials import THESIS_DONORS, Potential, TlmcCalculator, predict, relabel, scratch, with_elements
 from tlmc.training.finetune import recipe
 from tlmc.units import BOHR, HARTREE, KCAL_PER_MOL
 
@@ -159,20 +161,121 @@ def test_energies_of_other_frames_are_found_beside_right_forces(crystals: Datase
 
 def test_one_molecule_among_several_is_found(ethanol: Dataset, ani2xt: Potential) -> None:
     def several(wrong: str) -> Dataset:
-        rng, frames, forces = np.random.default_rng(0), [], []
+        rng, frames, forces, energies = np.random.default_rng(0), [], [], []
         for name in ("CH3OH", "C2H6", "CH3CHO", "HCOOH"):
             own = [molecule(name) for _ in range(8)]
             for frame in own:
                 frame.rattle(0.06, rng=rng)
             predicted = predict(ani2xt, own).forces
+            energies += predict(ani2xt, own).energies.tolist()
             frames += own
             forces += [-force for force in predicted] if name == wrong else list(predicted)
         n = len(frames)
-        return Dataset(tuple(frames), np.zeros(n), tuple(forces), (None,) * n, "m", "m.xyz", "", "", np.arange(n))
+        none = (None,) * n
+        return Dataset(tuple(frames), np.array(energies), tuple(forces), none, "m", "m.xyz", "", "", np.arange(n))
 
     assert not check_labels(several(""), ani2xt).finding
     with pytest.raises(DataError, match="the first is frame 1[6-9]|the first is frame 2[0-3]"):
         check_labels(several("CH3CHO"), ani2xt)
+
+
+def some_frames(wrong: Callable[[int], bool], factor: float) -> Change:
+    return lambda data: replace(
+        data, forces=tuple(force * (factor if wrong(k) else 1) for k, force in enumerate(data.forces))
+    )
+
+
+def some_energies(change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Change:
+    return lambda data: replace(data, energies=change(data.energies, np.arange(len(data))))
+
+
+def resting_carbon(data: Dataset) -> Dataset:
+    """Let hydrogen alone have forces, which add up to zero, as if a code had taken its drift away."""
+    forces = []
+    for frame, force in zip(data.frames, data.forces, strict=True):
+        free = (frame.numbers == 1)[:, None]
+        forces.append(np.where(free, force - force[free[:, 0]].mean(axis=0), 0.0))
+    return replace(data, forces=tuple(forces))
+
+
+MIXED: dict[str, tuple[Change, str]] = {
+    "some gradients": (some_frames(lambda k: k % 3 == 0, -1), "are of reversed sign, as gradients are: of frame"),
+    "half in Hartree": (some_frames(lambda k: k < 20, BOHR / HARTREE), "are in another unit: of frame"),
+    "half not computed": (some_frames(lambda k: k % 2 == 0, 0.0), "exactly zero on . of . atoms|on .. of .. atoms"),
+    "one not computed": (some_frames(lambda k: k == 7, 0.0), "the forces of frame 7 are exactly zero on"),
+    "fixed atoms": (resting_carbon, r"e.g. .* eV/A on atom \d+ \([CO]\), and so in .*: constraints have changed them"),
+    "one energy": (some_energies(lambda e, k: np.full_like(e, e[0])), "energies of .* are all .* they are no labels"),
+    "energies in kcal/mol": (some_energies(lambda e, k: (e - e[0]) * KCAL), "2[0-9].* times .* as if in kcal/mol"),
+    "energies in Hartree": (some_energies(lambda e, k: e / HARTREE), "0.03.* times .* as if in Hartree"),
+    "two codes": (some_energies(lambda e, k: e - 0.04 * e * (k > 25)), "have two zeros, .*take labels of one code"),
+}
+
+
+@pytest.mark.parametrize("mistake", MIXED)
+@pytest.mark.parametrize("name", ["crystals", "ethanol"])
+def test_mistakes_in_some_frames_or_in_energies_alone_are_named(
+    name: str, mistake: str, ani2xt: Potential, request: pytest.FixtureRequest
+) -> None:
+    change, sentence = MIXED[mistake]
+    with pytest.raises(DataError, match=rf"({sentence}).*; --trust-labels"):
+        check_labels(change(request.getfixturevalue(name)), ani2xt)
+
+
+def test_energies_that_scatter_and_few_frames_in_other_units_are_said(crystals: Dataset, ani2xt: Potential) -> None:
+    noise = np.random.default_rng(0).normal(scale=20.0, size=len(crystals))
+    report = check_labels(replace(crystals, energies=crystals.energies + noise), ani2xt)
+    assert not report.certain
+    assert "the energies of C5H4 scatter by" in report.finding
+    two = scaled(1 / HARTREE, BOHR / HARTREE)(crystals.subset(np.arange(2)))
+    assert "as if in Hartree/Bohr" in check_labels(two, ani2xt, trust=True).finding
+
+
+def test_units_of_the_file_are_those_that_labels_are_compared_in(ethanol: Dataset, ani2xt: Potential) -> None:
+    # eV in a file that says it were Hartree, or kcal/mol
+    for units_said, factors in (
+        ("Ha, Ha/Bohr; stress in GPa", (1.0, HARTREE / BOHR)),
+        ("kcal/mol, kcal/mol/Angstrom", (1.0, KCAL_PER_MOL)),
+        ("kcal/mol", (1.0, KCAL_PER_MOL)),
+    ):
+        with pytest.raises(DataError, match="as if in eV/Angstrom; give their units, e.g. --units eV/Angstrom"):
+            check_labels(replace(scaled(*factors)(ethanol), units=units_said), ani2xt)
+
+
+def test_relaxations_pass(ani2x: Potential, ani2xt: Potential) -> None:
+    """Steps of a relaxation are alike, so that the energies of one fit the next by chance."""
+    frame, steps = load_dataset("naphthalene").crystals().frames[5].copy(), []
+    frame.calc = TlmcCalculator(ani2x)
+    search = FIRE(frame, logfile=None)
+    search.attach(lambda: steps.append(Atoms(frame.numbers, frame.positions, cell=frame.cell, pbc=True)))
+    search.run(0.01, 60)
+    few = steps[-14:]
+    labels = predict(ani2x, few)
+    tail = Dataset(
+        tuple(few), labels.energies, labels.forces, labels.stresses, "r", "r.traj", "", "", np.arange(len(few))
+    )
+    report = check_labels(tail, ani2xt)
+    assert not report.finding
+    assert not report.stress.is_wrong
+
+
+@pytest.mark.needs_mirror
+def test_parts_of_public_sets_pass(ani2x: Potential, ani2xt: Potential, caplog: pytest.LogCaptureFixture) -> None:
+    """Frames that are alike, sorted or few, which chance made look wrong."""
+    for name, model, few in (
+        ("02_acetic_acid", ani2xt, lambda data: np.argsort(data.energies / data.n_atoms)[:40]),
+        ("14_oxalic_acid_alpha", ani2x, lambda data: np.sort(np.argsort([np.std(f) for f in data.forces])[:40])),
+        ("04_ammonia", ani2xt, lambda data: [13, 30, 110, 127]),
+        ("04_ammonia", ani2xt, lambda data: np.argsort(data.energies / data.n_atoms)[:12]),
+        ("21_urea", ani2x, lambda data: [10, 128, 153, 162]),
+    ):
+        data = load_dataset(f"molcrys-mace/{name}")
+        part = data.subset(np.asarray(few(data)))
+        check_dataset(part)
+        report = check_labels(part, model)
+        assert not report.certain
+        assert not report.stress.is_wrong
+    # said of geometries that are only tried, as positions in Bohr
+    assert "too close" not in caplog.text
 
 
 def test_a_trajectory_in_small_steps_shifted_by_one_is_found(ani2xt: Potential) -> None:

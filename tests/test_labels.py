@@ -427,6 +427,16 @@ def test_crystals_of_one_atom_are_no_isolated_atoms() -> None:
     assert dict(dataset.free_atoms) == {}
 
 
+def test_atoms_in_small_boxes_are_isolated_where_bonds_would_be_far_shorter(frames: list[Atoms]) -> None:
+    boxed = [
+        labelled(Atoms(symbol, cell=[5.5] * 3, pbc=True), energy, np.zeros((1, 3)))
+        for symbol, energy in (("H", -13.0), ("C", -1029.0), ("Cs", -3.0), ("Ar", -4.0))
+    ]
+    dataset = dataset_from_frames([*boxed, *frames], name="a")
+    assert dict(dataset.free_atoms) == {"H": -13.0, "C": -1029.0}
+    assert len(dataset) == len(frames) + 2
+
+
 @pytest.mark.parametrize(
     ("key", "bad", "good"),
     [

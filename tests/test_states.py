@@ -54,6 +54,11 @@ def hydroxyl(charges: Any = None, magmoms: Any = None, **info: Any) -> Atoms:
         (hydroxyl(), (None, None)),
         (hydroxyl(charge=-1), (-1, None)),
         (hydroxyl(Charge=np.int64(-1)), (-1, None)),
+        (hydroxyl(totalCharge=-1), (-1, None)),
+        (hydroxyl(**{"Total charge": -1}), (-1, None)),
+        (hydroxyl(molecular_charge=-1, **{"spin-multiplicity": 1}), (-1, 0)),
+        (hydroxyl(system_charge=-1), (-1, None)),
+        (hydroxyl(charge0=-1, charge1=0), (None, None)),  # of two fragments
         (hydroxyl(total_charge="-1", spin_multiplicity=1), (-1, 0)),
         (hydroxyl(charges=[-0.9, -0.1]), (-1, None)),
         (hydroxyl(charges=[-0.334, -0.663]), (-1, None)),

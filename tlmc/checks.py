@@ -49,7 +49,7 @@ _SAME_PLACE, _BOND = 1e-5, 1.0
 # Pairs of frames on which energies are compared with the work of the forces: how far apart in the file, how alike
 # (strain; Angstrom), how many and how well correlated they must be to decide, and the slopes that true labels can have.
 _WORK_NEIGHBOURS, _WORK_STRAIN, _WORK_DISPLACEMENT = 20, 0.02, 0.6
-_WORK_PAIRS, _WORK_CORRELATION, _WORK_SLOPES = 50, 0.7, (0.5, 1.6)
+_WORK_PAIRS, _WORK_CORRELATION, _WORK_SLOPES = 50, 0.7, (0.3, 1.6)
 
 # Constraints that change the forces of single atoms, of bonds and angles, and of a centre of mass.
 _OF_ATOMS = (FixAtoms, FixCartesian, FixScaled, FixedLine, FixedPlane)
@@ -390,8 +390,8 @@ def _forces_without_work(dataset: Dataset) -> _Problems:
 
     Between two frames of one cell that differ by displacements u, ``E_2 - E_1 = -(F_1 + F_2).u / 2`` up to third order.
     The slope of one side on the other is near 1 for any labels that belong together (0.81 to 1.03 on eight public
-    sets), -1 for gradients instead of forces, 51 for forces in Hartree/Bohr beside energies in eV. Frames that are too
-    different decide nothing.
+    sets, 0.39 to 1.24 on a dozen of their frames), -1 for gradients, 51 for forces in Hartree/Bohr beside eV. Frames
+    that are too different decide nothing.
     """
     groups: defaultdict[tuple[bytes, bytes], list[int]] = defaultdict(list)
     for k, frame in enumerate(dataset.frames):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -25,10 +26,10 @@ from scipy.optimize import linear_sum_assignment
 from tlmc.errors import DataError, Interrupted
 from tlmc.geometry import by_composition, contacts
 from tlmc.labelled import Dataset
-from tlmc.potentials.calculator import Predictions, predict
+from tlmc.potentials.calculator import CLOSE, Predictions, predict
 from tlmc.potentials.model import Potential
 from tlmc.stress_check import StressReport, check_stresses
-from tlmc.units import BOHR, HARTREE, KCAL_PER_MOL
+from tlmc.units import BOHR, HARTREE, KCAL_PER_MOL, parse_unit
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,10 @@ _COMPONENTS, _CERTAIN_FRAMES = 24, 3
 _AGREES, _DOUBTFUL, _EXPLAINS, _BETTER = 0.6, 0.5, 0.72, 0.25
 # Right labels have 0.7 to 1.05 times the size of the start model's forces: sizes that are unusual, and impossible.
 _UNUSUAL_SCALE, _WRONG_SCALE, _USUAL_BIAS, _UNIT_FRAMES = (0.5, 1.55), (1 / 3, 3.0), 0.85, 5
+# Of 2400 right frames, one by one: none correlates less than -0.25 or has a size outside 0.37 to 1.21 where it fits.
+_ODD_CORRELATION, _ODD_SCALE, _ODD_COMPONENTS = 0.8, (0.2, 5.0), 12
+# eV/A: forces that are none, and forces of the model that show them to be zeroed; in how many places.
+_NO_FORCE, _SURE_FORCE, _ZEROED, _ZEROED_FRAMES = 1e-6, 0.5, 3, 8
 # eV/A (rms, median frame): below this a start model's own error may look like a mistake, unless it fits like that.
 _LIVELY, _FITS_WELL = 0.5, 0.9
 # Reversed forces must fit like this: a start model can be wrong enough about one bond to pull the other way.
@@ -67,7 +72,7 @@ _FORCE_UNITS: Final[Mapping[str, tuple[float, float]]] = MappingProxyType(
     }
 )
 # What `tlmc.datasets.load_dataset` takes as units.
-_OPTIONS: Final = ("Hartree/Bohr", "Hartree/Angstrom", "kcal/mol/Angstrom")
+_OPTIONS: Final = ("eV/Angstrom", "Hartree/Bohr", "Hartree/Angstrom", "kcal/mol/Angstrom")
 # Elements that both start models were trained on; networks of others are copies of theirs.
 _OWN_ELEMENTS: Final = ("H", "C", "N", "O", "F", "S", "Cl")
 # Factors by which positions in other units are too large, and the lengths, relative to covalent bonds, of real matter.
@@ -79,8 +84,14 @@ _BOND_LENGTHS, _VOLUMES_PER_ATOM = (0.75, 1.45), (2.0, 1000.0)
 _SHIFTS, _REACH, _SHIFT_RESIDUAL = 5, 2500, 0.6
 # A frame whose forces fit another one like this, and its own like that, has the other's labels.
 _FOREIGN_FIT, _FOREIGN_OWN = 0.8, 0.35
-# Frames of one composition that tell whether energies are shifted.
-_ENERGY_FRAMES = 10
+# Frames of one composition that tell whether energies are shifted, and how sure that must be, in standard deviations.
+_ENERGY_FRAMES, _ENERGY_DEVIATIONS, _ENERGY_DOUBT = 10, 3.5, 0.8
+# Changes of right energies have 0.3 to 1.7 times the model's size, and differ from them by 0.09 eV/atom at most,
+# without gaps of more than 0.09 eV/atom or 3.5 times what is left on either side: factors, and eV/atom for a word and
+# for certain.
+_ENERGY_SCALE, _ENERGY_SCATTER, _ENERGY_GAPS, _RELATIVE_GAP = (0.2, 5.0), 0.15, (0.15, 0.5), 8.0
+# eV: by which predicted energies must change for more than a start model's error.
+_ENERGY_CHANGES = 0.3
 
 
 @dataclass(frozen=True)
@@ -202,6 +213,11 @@ class _Sample(NamedTuple):
         return self.among(np.flatnonzero(np.array(sizes) >= _CALM))
 
     @property
+    def is_lively(self) -> bool:
+        """Whether the forces of most frames are much more than a start model's error."""
+        return float(np.median([_rms(force) for force in self.predicted.forces] or [0.0])) >= _LIVELY
+
+    @property
     def n_components(self) -> int:
         """Force components that carry information: a molecule's are tied by six laws, a crystal's by three."""
         return sum(max(0, 3 * int(counted.sum()) - 6) for counted in self.counted)
@@ -234,13 +250,14 @@ def _compare(dataset: Dataset, model: Potential) -> LabelReport:
         proven = [one for one in found if one[1]]
         if proven and (not certain or any(not sentence for sentence, _ in found)):
             finding, certain = proven[0]
-    if not finding:
-        finding, certain = _energy_finding(dataset, model, sample)
+    for further in (_zeroed, _odd_frames, _energy_finding, _energy_units, _energy_zeros):
+        if not certain:
+            more, sure = further(dataset, model, sample)
+            if sure or not finding:
+                finding, certain = more, sure
     if finding:
         finding = f"{dataset.source}: {finding}"
-    energy, force = _FORCE_UNITS.get(dataset.units.rpartition(", ")[2], (1.0, 1.0))
-    declared = energy / (energy / force) ** 3
-    stress = check_stresses(dataset, sample.indices, sample.predicted.stresses, model.name, declared)
+    stress = check_stresses(dataset, sample.indices, sample.predicted.stresses, model.name, _declared(dataset.units)[2])
     n_frames = len(indices) if math.isfinite(overall.correlation) else 0
     return LabelReport(model.name, n_frames, overall.correlation, overall.slope, finding, certain, stress)
 
@@ -260,7 +277,10 @@ def _chosen(dataset: Dataset) -> NDArray[np.int64]:
     kept: Sequence[int] | NDArray[np.int64] = (
         np.unique(np.linspace(0, len(chosen) - 1, min(keep, len(chosen))).round().astype(int)) if chosen else []
     )
-    return np.sort(np.array([chosen[k] for k in kept], dtype=np.int64))
+    # frames with atoms without a force are looked at in any case
+    zero = [k for k, forces in enumerate(dataset.forces) if len(forces) > 1 and (forces == 0).all(axis=1).any()]
+    few = [zero[k] for k in np.linspace(0, len(zero) - 1, min(len(zero), _ZEROED_FRAMES)).round().astype(int)]
+    return np.unique(np.array([*(chosen[k] for k in kept), *few], dtype=np.int64))
 
 
 def _sampled(
@@ -308,6 +328,11 @@ def _match(sample: _Sample, labels: Sequence[Floats] | None = None, cause: str =
 def _finding(dataset: Dataset, model: Potential, sample: _Sample) -> tuple[str, bool]:
     """Say what is wrong with the forces of some frames, and whether that is certain; nothing if they are right."""
     judged = sample.lively()
+    if len(by_composition(dataset.frames[k] for k in sample.indices)) == 1:
+        for named in (_zeroed, _odd_frames):
+            sentence, sure = named(dataset, model, sample)
+            if sure:
+                return sentence, sure
     given = best = _match(judged if judged.n_components >= _COMPONENTS else sample)
     if not given.correlation >= _AGREES:
         best, judged = _undone(dataset, model, sample, given)
@@ -317,14 +342,17 @@ def _finding(dataset: Dataset, model: Potential, sample: _Sample) -> tuple[str, 
         best = shift
     if judged.n_components < _COMPONENTS or not abs(best.correlation) >= (_EXPLAINS if best.slope > 0 else _REVERSED):
         return _doubt(model, sample, given), False
-    lively = float(np.median([_rms(force) for force in judged.predicted.forces])) >= _LIVELY
-    certain = len(judged.indices) >= _CERTAIN_FRAMES and (lively or abs(best.correlation) >= _FITS_WELL)
+    lively = judged.is_lively
+    if not lively and abs(best.correlation) < _FITS_WELL:
+        return "", False
+    certain = len(judged.indices) >= _CERTAIN_FRAMES
     mistakes = [(best.cause, best.remedy)] if best.cause else []
     if best.slope < 0:
         mistakes.append(("their sign is reversed, as that of gradients is", "multiply the forces by -1"))
-    if not _UNUSUAL_SCALE[0] < best.scale < _UNUSUAL_SCALE[1] and len(judged.indices) >= _UNIT_FRAMES:
+    limits = _UNUSUAL_SCALE if len(judged.indices) >= _UNIT_FRAMES else _ODD_SCALE
+    if not limits[0] < best.scale < limits[1]:
         if not mistakes:
-            certain = lively and not _WRONG_SCALE[0] < best.scale < _WRONG_SCALE[1]
+            certain = certain and lively and not _WRONG_SCALE[0] < best.scale < _WRONG_SCALE[1]
         mistakes.append(_unit(dataset, sample, best))
     if not mistakes:
         return "", False
@@ -358,8 +386,10 @@ def _undone(dataset: Dataset, model: Potential, sample: _Sample, given: _Match) 
         lively = candidate.lively()
         if lively.n_components < _COMPONENTS:
             continue
-        # one mistake is likelier than two: other lengths go together with a shift only
-        for match in chain([_match(lively)], _shifts(dataset, lively), () if cause else _rearranged(dataset, lively)):
+        # one mistake is likelier than two: other lengths go together with a shift only; frames near rest are so alike
+        # that what turns or reorders the forces of one fits all
+        rearranged = _rearranged(dataset, lively) if not cause and lively.is_lively else ()
+        for match in chain([_match(lively)], _shifts(dataset, lively), rearranged):
             if match.correlation >= max(_EXPLAINS, own + _BETTER) or match.correlation <= -_REVERSED:
                 causes = ", and ".join(filter(None, (cause, match.cause)))
                 return match._replace(cause=causes, remedy=", and ".join(filter(None, (remedy, match.remedy)))), lively
@@ -378,6 +408,7 @@ def _in_other_lengths(dataset: Dataset, model: Potential, sample: _Sample) -> It
         for what, (moves, grows) in changes.items() if periodic else [("positions", (True, False))]:
             scaled = [frame.copy() for frame in frames]
             for frame in scaled:
+                frame.info.clear()  # its charge is no matter of a warning once more
                 frame.positions *= factor if moves else 1.0
                 frame.cell *= factor if grows else 1.0
             if _BOND_LENGTHS[0] < _bond_length(scaled) < _BOND_LENGTHS[1]:
@@ -389,7 +420,8 @@ def _in_other_lengths(dataset: Dataset, model: Potential, sample: _Sample) -> It
 def _bond_length(frames: Sequence[Atoms]) -> float:
     """Return the median distance of an atom from its nearest neighbour, in sums of covalent radii.
 
-    NaN if atoms overlap or the density is that of no matter, which would also take a long list of neighbours.
+    NaN if atoms are closer than a model knows or the density is that of no matter, which would also take a long list of
+    neighbours.
     """
     nearest = []
     for frame in frames:
@@ -397,13 +429,14 @@ def _bond_length(frames: Sequence[Atoms]) -> float:
             return math.nan
         radii = covalent_radii[frame.numbers]
         first, second, _, distance = contacts(frame, 4.0 * radii.max())
+        if distance.min(initial=np.inf) < CLOSE:
+            return math.nan
         ratio = distance / (radii[first] + radii[second])
         shortest = np.full(len(frame), 10.0)
         np.minimum.at(shortest, first, ratio)
         np.minimum.at(shortest, second, ratio)
         nearest.append(shortest)
-    every = np.concatenate(nearest)
-    return float(np.median(every)) if every.min() > 0.4 else math.nan
+    return float(np.median(np.concatenate(nearest)))
 
 
 def _rearranged(dataset: Dataset, sample: _Sample) -> Iterator[_Match]:
@@ -501,6 +534,54 @@ def _foreign_frames(dataset: Dataset, model: Potential, sample: _Sample) -> str:
     )
 
 
+def _zeroed(dataset: Dataset, model: Potential, sample: _Sample) -> tuple[str, bool]:
+    """Find forces that are exactly zero on atoms where the model's are not: symmetry would make both zero."""
+    places = [
+        np.flatnonzero(
+            counted & (np.abs(label).max(axis=1) < _NO_FORCE) & (np.linalg.norm(force, axis=1) > _SURE_FORCE)
+        )
+        for force, label, counted in zip(sample.predicted.forces, sample.labels, sample.counted, strict=True)
+    ]
+    count = sum(map(len, places))
+    if count < _ZEROED:
+        return "", False
+    k = max(range(len(places)), key=lambda k: len(places[k]))
+    atom = int(places[k][np.linalg.norm(sample.predicted.forces[k][places[k]], axis=1).argmax()])
+    return (
+        f"the forces of frame {dataset.frame_numbers[sample.indices[k]]} are exactly zero on {len(places[k])} of "
+        f"{len(sample.labels[k])} atoms where those of {model.name} are not, e.g. "
+        f"{np.linalg.norm(sample.predicted.forces[k][atom]):.3g} eV/A on atom {atom} "
+        f"({dataset.frames[sample.indices[k]].symbols[atom]}), and so in {sum(map(bool, map(len, places)))} of "
+        f"{len(places)} frames: constraints have changed them, or they were not computed; train on the forces as "
+        "computed, with all atoms free"
+    ), True
+
+
+def _odd_frames(dataset: Dataset, model: Potential, sample: _Sample) -> tuple[str, bool]:
+    """Name frames whose forces are reversed or in another unit beside others whose forces are not."""
+    judged = sample.lively()
+    matches = [_match(judged.among(np.array([k]))) for k in range(len(judged.indices))]
+    enough = [judged.among(np.array([k])).n_components >= _ODD_COMPONENTS for k in range(len(matches))]
+
+    def named(k: int) -> str:
+        if not enough[k] or not abs(matches[k].correlation) > _ODD_CORRELATION:
+            return ""
+        if matches[k].slope < 0:
+            return "of reversed sign, as gradients are"
+        return "" if _ODD_SCALE[0] < matches[k].scale < _ODD_SCALE[1] else "in another unit"
+
+    odd = {k: words for k in range(len(matches)) if (words := named(k))}
+    if not odd or len(odd) == sum(enough):
+        return "", False
+    first = next(iter(odd))
+    return (
+        f"the forces of {len(odd)} of {len(matches)} frames that were compared are {odd[first]}: of frame "
+        f"{dataset.frame_numbers[judged.indices[first]]} they correlate {matches[first].correlation:.2f} with those of "
+        f"{model.name} and are {matches[first].scale:.3g} times as large; of the other frames they fit; write all "
+        "frames alike"
+    ), len(odd) >= _CERTAIN_FRAMES
+
+
 def _finer_shift(dataset: Dataset, sample: _Sample, given: _Match) -> _Match | None:
     """Return the shift of a trajectory in small steps, where labels fit their frames, but those beside them better."""
     if len(sample.indices) < 8:
@@ -559,7 +640,7 @@ def _reordered(dataset: Dataset, sample: _Sample) -> Iterator[_Match]:
 
 def _unit(dataset: Dataset, sample: _Sample, match: _Match) -> tuple[str, str]:
     """Name the units that give the labels their size, the likeliest first."""
-    declared = _FORCE_UNITS.get(dataset.units.rpartition(", ")[2], (1.0, 1.0))
+    declared = _declared(dataset.units)
     energy = _energy_scale(dataset, sample)
 
     def miss(name: str) -> float:
@@ -576,6 +657,20 @@ def _unit(dataset: Dataset, sample: _Sample, match: _Match) -> tuple[str, str]:
         return said, "find their unit"
     option = next((f", e.g. --units {name} (units='{name}')" for name in near[:1] if name in _OPTIONS), "")
     return f"{said}, as if in {' or '.join(near[:2])}", f"give their units{option}"
+
+
+def _declared(words: str) -> tuple[float, float, float]:
+    """Return what the units that labels were read in are worth: of energies, forces and stresses."""
+    labels, *rest = words.split("; ")
+    parts = labels.split(", ")
+    energy = next((found for part in parts if (found := parse_unit(part, 1, 0)) is not None), None)
+    force = next((found for part in parts if (found := parse_unit(part, 1, -1)) is not None), None)
+    if energy is None:
+        energy = force if force is not None else 1.0
+    if force is None:
+        force = energy
+    said = next((part.removeprefix("stress in ") for part in rest if part.startswith("stress in ")), "")
+    return energy, force, parse_unit(said, 1, -3) or energy / (energy / force) ** 3
 
 
 def _off(match: _Match, name: str, declared: float) -> float:
@@ -606,7 +701,7 @@ def _energy_finding(dataset: Dataset, model: Potential, sample: _Sample) -> tupl
     """Say whether energies are shifted against forces that are right, or their sign is reversed."""
     for places, energies in _energies(dataset, sample):
         part = sample.among(places)
-        if len(places) < _ENERGY_FRAMES or not energies.any():
+        if len(places) < _ENERGY_FRAMES or not _tells(part, energies):
             continue
         given = _correlation(energies, dataset.energies[part.indices])
         number = dataset.frame_numbers[part.indices[0]]
@@ -621,14 +716,85 @@ def _energy_finding(dataset: Dataset, model: Potential, sample: _Sample) -> tupl
                 continue
             positions, others = np.array(pairs).T
             shifted = _correlation(energies[positions], dataset.energies[others])
-            # sets that are sorted in some way have alike energies beside each other
-            if shifted > _FITS_WELL and 1 - shifted**2 < _SHIFT_RESIDUAL * (1 - given**2) and shifted > given:
+            # frames that are sorted, or of a relaxation, have alike energies beside each other, and the ratio of two
+            # residuals of n frames varies by a factor of exp(sqrt(4 / n)) by chance
+            less = math.exp(-_ENERGY_DEVIATIONS * math.sqrt(4 / len(pairs)))
+            if given < _ENERGY_DOUBT and shifted > _FITS_WELL and 1 - shifted**2 < less * (1 - given**2):
                 return (
                     f"the energies are shifted by {abs(step)} frame{'s' if abs(step) > 1 else ''} against the forces "
                     f"(correlation with {model.name} {given:.2f}, {shifted:.2f} with that undone; {len(pairs)} "
                     f"frames): the energy of frame {number} stands at frame {number + step}; write every frame with "
                     "its own labels"
                 ), True
+    return "", False
+
+
+def _tells(part: _Sample, energies: Floats) -> bool:
+    """Tell whether the model's energies of some frames say anything: they change, and its forces fit the labels."""
+    return bool(np.ptp(energies) > _ENERGY_CHANGES and _match(part).correlation >= _AGREES)
+
+
+def _energy_units(dataset: Dataset, model: Potential, sample: _Sample) -> tuple[str, bool]:
+    """Say whether energies change from frame to frame by another measure than eV, or not at all."""
+    energy = _declared(dataset.units)[0]
+    for places, predicted in _energies(dataset, sample):
+        given = dataset.energies[sample.indices[places]]
+        changes = given - given.mean()
+        count = len(places)
+        if count < _UNIT_FRAMES or not _tells(sample.among(places), predicted):
+            continue
+        number = dataset.frame_numbers[sample.indices[places[0]]]
+        size = float(np.linalg.norm(changes) / np.linalg.norm(predicted))
+        if not np.ptp(given) > 1e-6 * np.ptp(predicted):
+            return (
+                f"the energies of {count} frames, the first is frame {number}, are all {given[0]:.6g} eV, where those "
+                f"of {model.name} change by {np.ptp(predicted):.3g} eV: they are no labels"
+            ), True
+        if _correlation(predicted, changes) < _FITS_WELL or _ENERGY_SCALE[0] < size < _ENERGY_SCALE[1]:
+            continue
+        scales = {
+            name.partition("/")[0]: unit for name, (unit, _) in _FORCE_UNITS.items() if name[:2] not in ("kc", "kJ")
+        }
+        scales |= {"kcal/mol": KCAL_PER_MOL, "kJ/mol": units.kJ / units.mol}
+        scales["eV per atom"] = float(len(dataset.frames[sample.indices[places[0]]]))
+        near = min(scales, key=lambda name: abs(math.log(size * scales[name] / energy)))
+        likely = f", as if in {near}" if abs(math.log(size * scales[near] / energy)) < math.log(1.6) else ""
+        return (
+            f"the energies change from frame to frame {size:.3g} times as much as those of {model.name} ({count} "
+            f"frames, the first is frame {number}), and the forces do not{likely}: write both in the units that the "
+            "file or --units says"
+        ), count >= _ENERGY_FRAMES
+    return "", False
+
+
+def _energy_zeros(dataset: Dataset, model: Potential, sample: _Sample) -> tuple[str, bool]:
+    """Say whether energies of one substance have two zeros, as those of two codes or methods, or scatter."""
+    groups: defaultdict[str, list[int]] = defaultdict(list)
+    for k, index in enumerate(sample.indices):
+        groups[dataset.frames[index].symbols.formula.reduce()[0].format("hill")].append(k)
+    for formula, members in groups.items():
+        indices = sample.indices[members]
+        off = (dataset.energies[indices] - sample.predicted.energies[members]) / dataset.n_atoms[indices]
+        order = off.argsort()
+        gaps = np.diff(off[order])[_CERTAIN_FRAMES - 1 : 1 - _CERTAIN_FRAMES]
+        if len(gaps):
+            cut = int(gaps.argmax()) + _CERTAIN_FRAMES
+            low, high = order[:cut], order[cut:]
+            gap, within = float(gaps.max()), max(float(off[low].std()), float(off[high].std()))
+            if gap > max(_ENERGY_GAPS[0], _RELATIVE_GAP * within):
+                one, other = (dataset.frame_numbers[indices[part.min()]] for part in (low, high))
+                return (
+                    f"the energies of {formula} have two zeros, {off[high].mean() - off[low].mean():.4g} eV/atom apart "
+                    f"against {model.name}: in {len(low)} frames as in frame {one}, in {len(high)} as in frame "
+                    f"{other}; take labels of one code and method"
+                ), gap > _ENERGY_GAPS[1]
+        if len(members) >= _UNIT_FRAMES and off.std() > _ENERGY_SCATTER:
+            worst = int(np.abs(off - np.median(off)).argmax())
+            return (
+                f"the energies of {formula} scatter by {off.std():.3g} eV/atom about those of {model.name}, where "
+                f"right labels do by 0.1 at most ({len(members)} frames; frame {dataset.frame_numbers[indices[worst]]} "
+                f"is off by {off[worst] - np.median(off):.3g}): do they belong to these frames?"
+            ), False
     return "", False
 
 

@@ -15,16 +15,23 @@ from numpy.typing import ArrayLike, NDArray
 
 from tlmc.geometry import canonical_bytes, duplicate_groups, element_counts, frame_hash, is_crystal
 
-# Keys of info, by their letters alone, and which part of the charge state they say.
-_CHARGE_KEYS = {
-    "charge": (
-        "charge", "totalcharge", "netcharge", "totcharge", "chargetotal", "molecularcharge", "initialcharge",
-    ),
-    "spin": (
-        "spin", "multiplicity", "spinmultiplicity", "mult", "totalspin", "spintotal", "uhf", "unpairedelectrons",
-    ),
+CHARGE_WORDS = (
+    "charge", "totalcharge", "netcharge", "totcharge", "chargetotal", "molecularcharge", "moleculecharge",
+    "systemcharge",
+)  # fmt: skip
+"""Keys of ``info``, as `key_word` writes them, that say the total charge in elementary charges."""
+MULTIPLICITY_WORDS = ("multiplicity", "spinmultiplicity", "mult", "spinmult")
+"""The same of 2S+1."""
+UNPAIRED_WORDS = ("unpairedelectrons", "nunpaired", "numunpaired", "uhf", "nuhf")
+"""The same of the number of unpaired electrons, 2S."""
+SPIN_WORDS = ("spin", "totalspin", "spintotal")
+"""The same of 2S+1 in some data sets and 2S in others."""
+
+_STATE_WORDS = {
+    "charge": (*CHARGE_WORDS, "initialcharge"),
+    "spin": SPIN_WORDS + MULTIPLICITY_WORDS + UNPAIRED_WORDS,
     "magnetic moment": ("initialmagmom",),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,13 +151,19 @@ def letters(key: str) -> str:
     return "".join(re.findall("[a-z]", key.lower()))
 
 
+@lru_cache
+def key_word(key: str) -> str:
+    """Return a key in lower case without blanks and signs: ``total_charge``, ``totalCharge``, ``Total charge``, ..."""
+    return re.sub(r"[\W_]", "", key.lower())
+
+
 def charge_state(info: Mapping[Any, Any]) -> dict[str, float]:
     """Return what the info of a frame says of its total charge and spin."""
-    said = {letters(str(key)): value for key, value in info.items()}
+    said = {key_word(str(key)): value for key, value in info.items()}
     state = {}
-    for name, keys in _CHARGE_KEYS.items():
-        for key in keys:
-            value = said.get(key)
+    for name, words in _STATE_WORDS.items():
+        for word in words:
+            value = said.get(word)
             if isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and np.isfinite(value):
                 # the sum of guesses per atom, which may be fractions
                 state[name] = round(float(value), 0 if name == "magnetic moment" else 1) + 0.0

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from ase import Atoms
+from ase.data import covalent_radii
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
@@ -55,6 +56,8 @@ _CONVERGED_KEYS = re.compile(r"(?:is)?(?:un|not|non)?converged")
 _NO, _YES = {"f", "false", "0", "no", "n", "0.0"}, {"t", "true", "1", "yes", "y", "1.0"}
 # How much a stress may miss its transpose: part of its largest component, and eV/A^3.
 _ASYMMETRY, _SMALL_STRESS = 0.01, 1e-4
+# Bond lengths beyond which an atom has no neighbour, and elements without bonds.
+_NEAR, _NOBLE = 3.0, (2, 10, 18, 36, 54, 86)
 # Angstrom^3 below which there is no cell.
 _NO_VOLUME = 1e-6
 
@@ -122,7 +125,8 @@ def flattened(frame: Atoms, extra: Mapping[str, Any] | None = None) -> Atoms:
 def is_free_atom(frame: Atoms) -> bool:
     """Tell whether a frame is an isolated atom, which gives the energy of its element: alone, with no image near.
 
-    A cell of one atom, as metals have it, is none, unless ``config_type`` says so.
+    A cell of one atom, as metals have it, is none, unless ``config_type`` says so. Near is within 6 Angstrom and three
+    bond lengths; atoms of noble gases are near without a bond.
     """
     if len(frame) != 1:
         return False
@@ -130,7 +134,9 @@ def is_free_atom(frame: Atoms) -> bool:
     if said in ("isolatedatom", "isolatedatoms", "freeatom", "freeatoms"):
         return True
     periodic = frame.cell.lengths()[frame.pbc]
-    return bool((periodic > 0).all() and not len(contacts(frame).first))
+    distance = contacts(frame).distance if (periodic > 0).all() else np.zeros(1)
+    reach = np.inf if frame.numbers[0] in _NOBLE else _NEAR * 2 * covalent_radii[frame.numbers[0]]
+    return not len(distance) or float(distance.min()) > reach
 
 
 def unconverged(info: Mapping[str, Any]) -> tuple[str, bool] | None:

@@ -15,16 +15,9 @@ from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 
 from tlmc.errors import ConfigError, DataError
+from tlmc.labelled import CHARGE_WORDS, MULTIPLICITY_WORDS, SPIN_WORDS, UNPAIRED_WORDS, key_word
 
-CHARGE_KEYS = ("charge", "total_charge", "net_charge", "tot_charge")
-"""Total charge in elementary charges."""
-MULTIPLICITY_KEYS = ("multiplicity", "spin_multiplicity", "mult")
-"""2S+1."""
-UNPAIRED_KEYS = ("unpaired_electrons", "n_unpaired", "num_unpaired", "uhf", "nuhf")
-"""Number of unpaired electrons, 2S."""
-SPIN_KEYS = ("spin", "total_spin")
-"""2S+1 in some data sets and 2S in others: read as the one of both that fits the number of electrons."""
-STATE_KEYS = frozenset(CHARGE_KEYS + MULTIPLICITY_KEYS + UNPAIRED_KEYS + SPIN_KEYS)
+_STATE_WORDS = frozenset(CHARGE_WORDS + MULTIPLICITY_WORDS + UNPAIRED_WORDS + SPIN_WORDS)
 
 _ROUNDING = 0.01
 """Charges and moments of atoms, written with few digits, may miss a whole number by so much."""
@@ -58,7 +51,7 @@ def state_of(frame: Atoms, where: str) -> State:
     Parameters
     ----------
     frame
-        ``info`` may hold any of the keys of this module, whatever their case; atoms may have initial charges and
+        ``info`` may hold any of the keys of `tlmc.labelled`, however they are written; atoms may have initial charges and
         initial magnetic moments, which then count with their sums.
     where
         Begin of error messages, ``"frame 3"``.
@@ -68,17 +61,17 @@ def state_of(frame: Atoms, where: str) -> State:
     DataError
         If a statement is no number, two of them contradict each other, or they do not fit the number of electrons.
     """
-    charges = [*_from_info(frame, CHARGE_KEYS, where), *_charges_of_atoms(frame, where)]
+    charges = [*_from_info(frame, CHARGE_WORDS, where), *_charges_of_atoms(frame, where)]
     charge = _agreed(charges, "charge", where)
     electrons = float(frame.numbers.sum()) - (charge or 0.0)
     if electrons < -_ROUNDING:
         raise DataError(f"{where}: {charges[0].words}, but its nuclei have {frame.numbers.sum()} protons in all")
     whole = abs(electrons - round(electrons)) < _ROUNDING
     spins = [
-        _Statement(words, value - 1) for words, value in _from_info(frame, MULTIPLICITY_KEYS, where, least=1)
-    ] + list(_from_info(frame, UNPAIRED_KEYS, where, least=0))
+        _Statement(words, value - 1) for words, value in _from_info(frame, MULTIPLICITY_WORDS, where, least=1)
+    ] + list(_from_info(frame, UNPAIRED_WORDS, where, least=0))
     convention = ""
-    for words, value in _from_info(frame, SPIN_KEYS, where, least=0):
+    for words, value in _from_info(frame, SPIN_WORDS, where, least=0):
         as_multiplicity = value > 0 and (value - 1 - round(electrons)) % 2 == 0
         convention = "2S+1" if as_multiplicity else "2S"
         spins.append(_Statement(words, value - 1 if as_multiplicity else value))
@@ -112,7 +105,7 @@ def states_of(frames: Sequence[Atoms], names: Sequence[str] = ()) -> list[State]
             first.setdefault(state.convention, k)
     if len(first) > 1:
         k, other = (first[convention] for convention in ("2S+1", "2S"))
-        keys = [next(_from_info(frames[which], SPIN_KEYS, "")).words for which in (k, other)]
+        keys = [next(_from_info(frames[which], SPIN_WORDS, "")).words for which in (k, other)]
         raise DataError(
             f"{names[k]} has {keys[0]}, which by its number of electrons is 2S+1, and frame {other} has {keys[1]}, "
             "which can only be a number of unpaired electrons: state info['multiplicity'] or "
@@ -123,14 +116,14 @@ def states_of(frames: Sequence[Atoms], names: Sequence[str] = ()) -> list[State]
 
 def stated(frame: Atoms) -> str:
     """Return what a frame says of charge and spin as it says it, "" for nothing."""
-    info = {str(key).lower(): str(value) for key, value in frame.info.items() if str(key).lower() in STATE_KEYS}
+    info = {str(key).lower(): str(value) for key, value in frame.info.items() if key_word(str(key)) in _STATE_WORDS}
     atoms = {key: frame.arrays[key].tolist() for key in ("initial_charges", "initial_magmoms") if frame.has(key)}
     return repr((sorted(info.items()), sorted(atoms.items()))) if info or atoms else ""
 
 
 def without_state(info: dict[str, Any]) -> dict[str, Any]:
     """Return ``info`` less what it says of charge and spin."""
-    return {key: value for key, value in info.items() if str(key).lower() not in STATE_KEYS}
+    return {key: value for key, value in info.items() if key_word(str(key)) not in _STATE_WORDS}
 
 
 def given_to(calculator: BaseCalculator, frame: Atoms, where: str) -> Atoms:
@@ -196,9 +189,9 @@ def check_parameters(calculator: BaseCalculator, state: State, where: str) -> No
         With both values.
     """
     parameters = getattr(calculator, "parameters", None) or {}
-    for keys, value, shift in ((CHARGE_KEYS, state.charge, 0), (MULTIPLICITY_KEYS, state.unpaired, 1)):
+    for words, value, shift in ((CHARGE_WORDS, state.charge, 0), (MULTIPLICITY_WORDS, state.unpaired, 1)):
         for key, given in dict(parameters).items():
-            if value is None or key.lower().replace(" ", "_") not in keys:
+            if value is None or key_word(str(key)) not in words:
                 continue
             if not isinstance(given, int | float | np.number) or isinstance(given, bool):
                 continue
@@ -221,7 +214,7 @@ def _from_info(frame: Atoms, keys: Sequence[str], where: str, least: float | Non
     pairs = frame.info.get("key_value_pairs")
     for info in (frame.info, pairs if isinstance(pairs, dict) else {}):
         for key, value in info.items():
-            if not isinstance(key, str) or key.lower() not in keys or value is None:
+            if not isinstance(key, str) or key_word(key) not in keys or value is None:
                 continue
             words = f"{key} = {value}"
             try:

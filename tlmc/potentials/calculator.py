@@ -18,6 +18,7 @@ from tlmc.descriptors.aev import Neighbours, aev, aev_backward, aev_terms, neigh
 from tlmc.devices import find_device
 from tlmc.equality import equal_by_content
 from tlmc.errors import DataError, ModelError
+from tlmc.labelled import CHARGE_WORDS, MULTIPLICITY_WORDS, UNPAIRED_WORDS, key_word
 from tlmc.potentials.model import Layer, Potential
 from tlmc.potentials.network import backward, forward
 
@@ -369,12 +370,10 @@ def environment(
 
 def _charge_or_spin(frame: Atoms) -> str:
     """Say what makes a frame other than a neutral one without unpaired electrons; an empty text if nothing does."""
-    for key in ("charge", "total_charge", "net_charge"):
-        if (charge := _number(frame.info.get(key))) != 0.0:
-            return f"{key} {charge:g}"
-    for key in ("multiplicity", "spin_multiplicity"):
-        if (multiplicity := _number(frame.info.get(key))) > 1.0:
-            return f"{key} {multiplicity:g}"
+    for words, usual in ((CHARGE_WORDS, 0.0), (MULTIPLICITY_WORDS, 1.0), (UNPAIRED_WORDS, 0.0)):
+        for key, value in frame.info.items():
+            if key_word(str(key)) in words and (number := _number(value, usual)) != usual:
+                return f"{key} {number:g}"
     # partial charges of atoms add up to a whole number
     if abs(charge := float(frame.get_initial_charges().sum())) > 0.5:
         return f"initial charges add up to {charge:g}"
@@ -383,13 +382,13 @@ def _charge_or_spin(frame: Atoms) -> str:
     return ""
 
 
-def _number(value: Any) -> float:
-    """Return a value of ``info`` as a number, 0 for what is none."""
+def _number(value: Any, usual: float) -> float:
+    """Return a value of ``info`` as a number, the usual one for what is none."""
     try:
         number = float(value)
     except (TypeError, ValueError):
-        return 0.0
-    return number if np.isfinite(number) else 0.0
+        return usual
+    return number if np.isfinite(number) else usual
 
 
 def _by_species(species: Tensor) -> list[tuple[int, Tensor]]:
