@@ -245,6 +245,21 @@ class TestFinetune:
         assert "Traceback" not in error
         assert not Path("run").exists()
 
+    @pytest.mark.parametrize(
+        ("arguments", "sentence"),
+        [
+            (("--set", "seed=3"), "--set seed=3 is overruled by --seed"),
+            (("--set", "epochs=3", "--epochs", 1), "--set epochs=3 is overruled by --epochs"),
+            (("--set", "lr=[1"), "--set lr=[1 is not YAML"),
+            (("--set", "recipe=start"), "'start' names the errors of the start model"),
+        ],
+    )
+    def test_a_setting_that_would_count_for_nothing_is_refused(self, tlmc, data, start, arguments, sentence):
+        code, _, error = tlmc("-q", "finetune", data, "--start-model", start, "--run-dir", "run", *arguments)
+        assert code == 2
+        assert sentence in error
+        assert not Path("run").exists()
+
     def test_an_element_without_a_network_is_named(self, tlmc, data, start, frames):
         changed = [frame.copy() for frame in frames]
         for frame, labelled in zip(changed, frames, strict=True):
@@ -337,6 +352,33 @@ class TestEvaluate:
         with pytest.raises(DataError, match=r"as the split under one name differ: study 'trial'.*, random,.*, blocks,"):
             comparison_table(records)
 
+    def test_a_name_for_the_results_leads_to_no_other_folder(self, tlmc, data, start, monkeypatch):
+        reports = data.parent / "reports"
+        monkeypatch.setenv("TLMC_REPORTS_DIR", str(reports))
+        for name in ("../../../elsewhere", "/tmp/a", "x" * 300):
+            named = ("--set", f"recipe={name}", "--epochs", 1)
+            code, text, _ = tlmc("-q", "finetune", data, "--start-model", start, *named)
+            assert code == 0
+            assert name[:9] in text
+        folders = list(reports.glob("runs/*"))
+        assert len(folders) == 3
+        assert all((folder / "model.safetensors").is_file() and (folder / "parity.png").is_file() for folder in folders)
+
+    def test_home_is_found_where_no_shell_looks(self, tlmc, data, start, monkeypatch):
+        home = data.parent / "home"
+        home.mkdir()
+        monkeypatch.setenv("HOME", str(home))
+        assert tlmc("-q", "finetune", data, "--start-model", start, "--epochs", 1, "--run-dir=~/run")[0] == 0
+        assert (home / "run" / "parity.png").is_file()
+        assert not Path("~").exists()
+
+    def test_a_mean_replaces_none_of_its_models(self, tlmc, start, ani2xt):
+        save_model(ani2xt, "mean.safetensors", {"mean_of": {}})
+        save_model(scratch(ani2xt, seed=1), "one.safetensors")
+        code, _, error = tlmc("-q", "average", "one.safetensors", "mean.safetensors", "-o", "mean.safetensors")
+        assert code == 2
+        assert "is one of the models to average, and would be replaced" in error
+
     def test_a_folder_with_other_files_is_no_run_folder(self, tlmc, data, start):
         Path("mine").mkdir()
         for name in ("split.json", "metrics.json", "model.safetensors"):
@@ -356,6 +398,8 @@ class TestEvaluate:
         ("split", "sentence"),
         [
             ("{", "split.json is not a split"),
+            ("[1]", "split.json is not a split"),
+            ("{}", "split.json is not a split: split: needs a method"),
             (
                 json.dumps({"method": "random", "seed": 0, "train": [0], "validation": [1], "test": [N_FRAMES]}),
                 f"split.json names frame {N_FRAMES}, but methanol holds {N_FRAMES}",

@@ -602,3 +602,28 @@ def test_real_start_model_on_real_dft_improves_in_a_few_epochs(ani2x):
     assert before["force_rmse_vector"].value > 0.8
     assert after["force_rmse_vector"].value < 0.15
     assert after["energy_rmse_per_atom"].value < 0.01
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    data = labelled(12)
+    split, config = split_dataset(data), FinetuneConfig(epochs=1)
+    (tmp_path / "run").mkdir()
+    code = (
+        "import sys; from pathlib import Path; from tlmc.files import held\n"
+        f"with held(Path({str(tmp_path / 'run')!r})):\n    print('at work', flush=True); sys.stdin.read()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"at work\n"
+        with pytest.raises(DataError, match="another process is at work in .*run"):
+            finetune(toy_potential(), data, split, config, tmp_path / "run")
+        other.communicate()
+    finetune(toy_potential(), data, split, config, tmp_path / "run")
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+@pytest.mark.parametrize("text", [b"\xff", b"[1]", b"{"])
+def test_a_description_that_is_none_gets_a_sentence(text, tmp_path):
+    (tmp_path / "run.json").write_bytes(text)
+    data = labelled(12)
+    with pytest.raises(ConfigError, match=r"run.json is not readable"):
+        finetune(toy_potential(), data, split_dataset(data), FinetuneConfig(epochs=1), tmp_path)
