@@ -207,7 +207,10 @@ MIXED: dict[str, tuple[Change, str]] = {
     "one energy": (some_energies(lambda e, k: np.full_like(e, e[0])), "energies of .* are all .* they are no labels"),
     "energies in kcal/mol": (some_energies(lambda e, k: (e - e[0]) * KCAL), "2[0-9].* times .* as if in kcal/mol"),
     "energies in Hartree": (some_energies(lambda e, k: e / HARTREE), "0.03.* times .* as if in Hartree"),
-    "two codes": (some_energies(lambda e, k: e - 0.04 * e * (k > 25)), "have two zeros, .*take labels of one code"),
+    "two codes": (
+        some_energies(lambda e, k: e - 0.04 * e * (k > 25)),
+        "have two zeros, .*take labels of one code, method and charge",
+    ),
 }
 
 

@@ -786,7 +786,7 @@ def _energy_zeros(dataset: Dataset, model: Potential, sample: _Sample) -> tuple[
                 return (
                     f"the energies of {formula} have two zeros, {off[high].mean() - off[low].mean():.4g} eV/atom apart "
                     f"against {model.name}: in {len(low)} frames as in frame {one}, in {len(high)} as in frame "
-                    f"{other}; take labels of one code and method"
+                    f"{other}; take labels of one code, method and charge"
                 ), gap > _ENERGY_GAPS[1]
         if len(members) >= _UNIT_FRAMES and off.std() > _ENERGY_SCATTER:
             worst = int(np.abs(off - np.median(off)).argmax())
