@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from ase import Atoms, units
 from ase.build import molecule
+from ase.collections import g2
 from ase.optimize import FIRE
 from scipy.spatial.transform import Rotation
 from typer.testing import CliRunner
@@ -231,6 +232,20 @@ def test_energies_that_scatter_and_few_frames_in_other_units_are_said(crystals: 
     assert "the energies of C5H4 scatter by" in report.finding
     two = scaled(1 / HARTREE, BOHR / HARTREE)(crystals.subset(np.arange(2)))
     assert "as if in Hartree/Bohr" in check_labels(two, ani2xt, trust=True).finding
+
+
+def test_energies_of_many_substances_in_another_unit_are_found(ani2x: Potential, ani2xt: Potential) -> None:
+    rng, frames = np.random.default_rng(0), []
+    for name in g2.names:
+        frame = molecule(name)
+        if len(frame) > 2 and {*frame.symbols} <= {"H", "C", "N", "O"}:
+            frame.rattle(0.06, rng=rng)
+            frames.append(frame)
+    labels, n = predict(ani2x, frames), len(frames)
+    right = Dataset(tuple(frames), labels.energies, labels.forces, (None,) * n, "g2", "g2", "", "", np.arange(n))
+    assert not check_labels(right, ani2xt).finding
+    with pytest.raises(DataError, match="energies change from frame to frame 0.0[34].* as if in Hartree"):
+        check_labels(scaled(1 / HARTREE, 1)(right), ani2xt)
 
 
 def test_units_of_the_file_are_those_that_labels_are_compared_in(ethanol: Dataset, ani2xt: Potential) -> None:

@@ -249,7 +249,7 @@ def _read(path: Path) -> tuple[list[Atoms], dict[int, str]]:
         place = f" beyond frame {len(frames) - 1}" if frames else ""
         raise DataError(f"{path}: ASE cannot read it{place} ({type(error).__name__}: {reason})") from error
     if not frames:
-        raise DataError(f"{path}: holds no frames")
+        raise DataError(f"{path}: holds no frames, read as what ASE calls {kind}")
     said = convergence.unconverged
     # one frame, and a line that says it did not converge
     if len(frames) == 1 and convergence.remarks and kind not in ("vasp-out", "vasp-xml"):

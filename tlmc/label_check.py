@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from tlmc.errors import DataError, Interrupted
-from tlmc.geometry import by_composition, contacts
+from tlmc.geometry import by_composition, contacts, element_counts
 from tlmc.labelled import Dataset
 from tlmc.potentials.calculator import CLOSE, Predictions, predict
 from tlmc.potentials.model import Potential
@@ -737,15 +737,16 @@ def _tells(part: _Sample, energies: Floats) -> bool:
 def _energy_units(dataset: Dataset, model: Potential, sample: _Sample) -> tuple[str, bool]:
     """Say whether energies change from frame to frame by another measure than eV, or not at all."""
     energy = _declared(dataset.units)[0]
-    for places, predicted in _energies(dataset, sample):
+    for places, predicted in chain(_energies(dataset, sample), _beyond_composition(dataset, sample)):
         given = dataset.energies[sample.indices[places]]
-        changes = given - given.mean()
+        same = len(by_composition(dataset.frames[k] for k in sample.indices[places])) == 1
+        changes = given - (given.mean() if same else _of_composition(dataset, sample, given))
         count = len(places)
         if count < _UNIT_FRAMES or not _tells(sample.among(places), predicted):
             continue
         number = dataset.frame_numbers[sample.indices[places[0]]]
         size = float(np.linalg.norm(changes) / np.linalg.norm(predicted))
-        if not np.ptp(given) > 1e-6 * np.ptp(predicted):
+        if same and not np.ptp(given) > 1e-6 * np.ptp(predicted):
             return (
                 f"the energies of {count} frames, the first is frame {number}, are all {given[0]:.6g} eV, where those "
                 f"of {model.name} change by {np.ptp(predicted):.3g} eV: they are no labels"
@@ -756,7 +757,8 @@ def _energy_units(dataset: Dataset, model: Potential, sample: _Sample) -> tuple[
             name.partition("/")[0]: unit for name, (unit, _) in _FORCE_UNITS.items() if name[:2] not in ("kc", "kJ")
         }
         scales |= {"kcal/mol": KCAL_PER_MOL, "kJ/mol": units.kJ / units.mol}
-        scales["eV per atom"] = float(len(dataset.frames[sample.indices[places[0]]]))
+        if same:
+            scales["eV per atom"] = float(len(dataset.frames[sample.indices[places[0]]]))
         near = min(scales, key=lambda name: abs(math.log(size * scales[name] / energy)))
         likely = f", as if in {near}" if abs(math.log(size * scales[near] / energy)) < math.log(1.6) else ""
         return (
@@ -767,13 +769,37 @@ def _energy_units(dataset: Dataset, model: Potential, sample: _Sample) -> tuple[
     return "", False
 
 
+def _beyond_composition(dataset: Dataset, sample: _Sample) -> Iterator[tuple[NDArray[np.int64], Floats]]:
+    """Yield all places and predicted energies less a sum over elements, for sets of many substances."""
+    counts = _counts(dataset, sample)
+    if len(by_composition(dataset.frames[k] for k in sample.indices)) > 1 and len(counts) >= counts.shape[1] + 10:
+        energies = sample.predicted.energies
+        yield np.arange(len(counts)), energies - _of_composition(dataset, sample, energies)
+
+
+def _counts(dataset: Dataset, sample: _Sample) -> Floats:
+    frames = [dataset.frames[k] for k in sample.indices]
+    elements = [*element_counts(frames)]
+    return np.array([[float((frame.symbols == element).sum()) for element in elements] for frame in frames])
+
+
+def _of_composition(dataset: Dataset, sample: _Sample, energies: Floats) -> Floats:
+    counts = _counts(dataset, sample)
+    fitted: Floats = counts @ np.linalg.lstsq(counts, energies, rcond=None)[0]
+    return fitted
+
+
 def _energy_zeros(dataset: Dataset, model: Potential, sample: _Sample) -> tuple[str, bool]:
     """Say whether energies of one substance have two zeros, as those of two codes or methods, or scatter."""
     groups: defaultdict[str, list[int]] = defaultdict(list)
     for k, index in enumerate(sample.indices):
         groups[dataset.frames[index].symbols.formula.reduce()[0].format("hill")].append(k)
+    fitting = _match(sample).correlation >= _AGREES
     for formula, members in groups.items():
         indices = sample.indices[members]
+        if not fitting and np.ptp(sample.predicted.energies[members] / dataset.n_atoms[indices]) > _ENERGY_GAPS[0]:
+            continue  # what the model says of the energies is no better than of the forces
+        known = set(dataset.frames[indices[0]].symbols) <= {*_OWN_ELEMENTS}
         off = (dataset.energies[indices] - sample.predicted.energies[members]) / dataset.n_atoms[indices]
         order = off.argsort()
         gaps = np.diff(off[order])[_CERTAIN_FRAMES - 1 : 1 - _CERTAIN_FRAMES]
@@ -787,8 +813,8 @@ def _energy_zeros(dataset: Dataset, model: Potential, sample: _Sample) -> tuple[
                     f"the energies of {formula} have two zeros, {off[high].mean() - off[low].mean():.4g} eV/atom apart "
                     f"against {model.name}: in {len(low)} frames as in frame {one}, in {len(high)} as in frame "
                     f"{other}; take labels of one code, method and charge"
-                ), gap > _ENERGY_GAPS[1]
-        if len(members) >= _UNIT_FRAMES and off.std() > _ENERGY_SCATTER:
+                ), known and gap > _ENERGY_GAPS[1]
+        if known and len(members) >= _UNIT_FRAMES and off.std() > _ENERGY_SCATTER:
             worst = int(np.abs(off - np.median(off)).argmax())
             return (
                 f"the energies of {formula} scatter by {off.std():.3g} eV/atom about those of {model.name}, where "
