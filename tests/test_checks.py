@@ -80,6 +80,12 @@ def no_atoms(frames: list[Atoms]) -> None:
     frames[2] = labelled(Atoms(), 0.0, np.zeros((0, 3)))
 
 
+def in_picometres(frames: list[Atoms]) -> None:
+    for frame in frames:
+        frame.positions *= 100
+        frame.set_cell(100 * frame.cell.array)
+
+
 def other_label(frames: list[Atoms]) -> None:
     frames[2] = labelled(Atoms(frames[0]), frames[0].calc.results["energy"] + 0.2, frames[0].calc.results["forces"])
 
@@ -120,6 +126,7 @@ def other_label(frames: list[Atoms]) -> None:
             all_forces(0.0),
             r"frame 0 has forces that are all exactly 0 eV/A, as have all frames: .* \(and 2 more frames\)$",
         ),
+        (in_picometres, r"frame 0 \(Ar4\): no atom of any frame has a neighbour within 6 A: .* \(and 2 more frames\)$"),
         (other_label, "frame 2 has the geometry of frame 0 but another energy, by 0.05 eV/atom$"),
     ],
 )

@@ -225,6 +225,18 @@ def test_mistakes_in_some_frames_or_in_energies_alone_are_named(
         check_labels(change(request.getfixturevalue(name)), ani2xt)
 
 
+def test_cells_written_as_columns_and_elements_exchanged_are_said(crystals: Dataset, ani2xt: Potential) -> None:
+    columns = [Atoms(f.numbers, f.positions, cell=f.cell.array.T, pbc=True) for f in crystals.frames]
+    with pytest.raises(DataError, match="rows and columns of the cells are exchanged; write cell vectors as rows"):
+        check_labels(replace(crystals, frames=tuple(columns)), ani2xt)
+    frames = load_dataset("32-like").crystals().subset(np.arange(40))
+    exchanged = [frame.copy() for frame in frames.frames]
+    for frame in exchanged:
+        frame.numbers[:] = np.select([frame.numbers == 6, frame.numbers == 8], [8, 6], frame.numbers)
+    report = check_labels(replace(frames, frames=tuple(exchanged)), ani2xt)
+    assert "none of the usual mistakes explains it" in report.finding
+
+
 def test_energies_that_scatter_and_few_frames_in_other_units_are_said(crystals: Dataset, ani2xt: Potential) -> None:
     noise = np.random.default_rng(0).normal(scale=20.0, size=len(crystals))
     report = check_labels(replace(crystals, energies=crystals.energies + noise), ani2xt)

@@ -446,6 +446,8 @@ def test_atoms_in_small_boxes_are_isolated_where_bonds_would_be_far_shorter(fram
         ("electronic_converged", "no", "yes"),
         ("scf_unconverged", True, False),
         ("dft_not_converged", "T", "F"),
+        ("SCF", "not converged", "converged"),
+        ("dft_scf_status", "UNCONVERGED", "ok"),
     ],
 )
 def test_frames_that_say_they_did_not_converge_are_left_out(
@@ -462,7 +464,9 @@ def test_frames_that_say_they_did_not_converge_are_left_out(
         dataset_from_frames(frames, name="a")
 
 
-@pytest.mark.parametrize("info", [{"converged": False}, {"unconverged": "T"}, {"config_type": "not_converged"}])
+@pytest.mark.parametrize(
+    "info", [{"converged": False}, {"unconverged": "T"}, {"config_type": "not_converged"}, {"run": "unconverged"}]
+)
 def test_what_may_be_a_relaxation_is_kept_and_said(
     frames: list[Atoms], caplog: pytest.LogCaptureFixture, info: dict[str, object]
 ) -> None:

@@ -68,11 +68,11 @@ def check_dataset(dataset: Dataset) -> None:
     """Refuse data that no training could use, before any starts.
 
     In this order: no frames, no atoms; shapes of labels; NaN or infinity; a cell that is missing or has no volume;
-    atoms that overlap, images included; energies that no such atoms can have; forces that cannot be eV/Angstrom (too
-    large, or doing another work than the energies say), or that are exactly zero on some atoms and do not add up to
-    zero; equal geometries with different labels or charge states. A large sum of forces is logged, and so are equal
-    geometries with equal labels, which `split_dataset` keeps in one part, and charge states that differ between
-    geometries, which a model that knows no charge cannot tell apart.
+    atoms that overlap, images included, or have no neighbours at all; energies that no such atoms can have; forces
+    that cannot be eV/Angstrom (too large, or doing another work than the energies say), or that are exactly zero on
+    some atoms and do not add up to zero; equal geometries with different labels or charge states. A large sum of
+    forces is logged, and so are equal geometries with equal labels, which `split_dataset` keeps in one part, and
+    charge states that differ between geometries, which a model that knows no charge cannot tell apart.
 
     Raises
     ------
@@ -87,7 +87,8 @@ def check_dataset(dataset: Dataset) -> None:
                 f"{dataset.source}: {len(dataset)} frames need as many {column}, got {len(getattr(dataset, column))}"
             )
     checks = (
-        _empty, _wrong_shape, _not_finite, _no_cell, _overlapping, _other_charge, _impossible_energy, _impossible_force
+        _empty, _wrong_shape, _not_finite, _no_cell, _overlapping, _scattered, _other_charge, _impossible_energy,
+        _impossible_force,
     )  # fmt: skip
     for check in checks:
         _refuse(dataset, check(dataset))
@@ -293,6 +294,14 @@ def _overlapping(dataset: Dataset) -> _Problems:
             image = ", an image in a neighbouring cell" if shift[worst].any() else ""
             problems.append((k, f"has overlapping atoms: {a} and {b}{image} are {distance[worst]:.3f} A apart"))
     return problems
+
+
+def _scattered(dataset: Dataset) -> _Problems:
+    """Find atoms without any neighbour: of three or more in every frame, since a gas teaches nothing."""
+    if not (dataset.n_atoms > 2).any() or any(len(contacts(frame).first) for frame in dataset.frames):
+        return []
+    hint = "no atom of any frame has a neighbour within 6 A: positions and cell must be in Angstrom"
+    return [(int(k), f"({dataset.frames[k].symbols}): {hint}") for k in np.flatnonzero(dataset.n_atoms > 2)]
 
 
 def _impossible_energy(dataset: Dataset) -> _Problems:

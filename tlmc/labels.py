@@ -151,8 +151,10 @@ def unconverged(info: Mapping[str, Any]) -> tuple[str, bool] | None:
             negated = re.search("un|no[tn]", name) is not None
             if np.ndim(value) == 0 and str(value).strip().lower() in (_YES if negated else _NO):
                 return f"{key} = {value}", sure
-        elif name == "configtype" and re.search("(?:un|no[tn])[ _-]?converged", str(value).lower()):
-            return f"{key} = {value}", False
+        elif isinstance(value, str) and re.search("(?:un|no[tn])[ _-]?converged", value.lower()):
+            return f"{key} = {value}", re.fullmatch(
+                "(?:dft)?(?:scf|electronic|electrons)(?:status|state)?", name
+            ) is not None
     return None
 
 
