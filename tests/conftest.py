@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,17 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("TLMC_REPORTS_DIR", str(tmp_path_factory.mktemp("reports")))
         patch.setenv("MPLBACKEND", "Agg")
         yield
+
+
+@pytest.fixture(autouse=True)
+def _loggers() -> Iterator[None]:
+    """Undo what a command does to the loggers, which would print more in later tests, and to closed streams."""
+    loggers = [logging.getLogger(name) for name in ("tlmc", "papermill")]
+    before = [(logger.level, [*logger.handlers]) for logger in loggers]
+    yield
+    for logger, (level, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.handlers = handlers
 
 
 @pytest.fixture(scope="session")
