@@ -92,6 +92,7 @@ _ENERGY_FRAMES, _ENERGY_DEVIATIONS, _ENERGY_DOUBT = 10, 3.5, 0.8
 # without gaps of more than 0.09 eV/atom or 3.5 times what is left on either side: factors, and eV/atom for a word and
 # for certain.
 _ENERGY_SCALE, _ENERGY_SCATTER, _ENERGY_GAPS, _RELATIVE_GAP = (0.2, 5.0), 0.15, (0.15, 0.5), 8.0
+_BORROWED_ENERGY_SCALE = (0.1, 10.0)
 # eV: by which predicted energies must change for more than a start model's error.
 _ENERGY_CHANGES = 0.3
 
@@ -755,6 +756,11 @@ def _energy_finding(dataset: Dataset, model: Potential, sample: _Sample) -> tupl
     return "", False
 
 
+def _known(frame: Atoms) -> bool:
+    """Tell whether all elements are the model's own."""
+    return {*frame.symbols} <= {*_OWN_ELEMENTS}
+
+
 def _tells(part: _Sample, energies: Floats) -> bool:
     """Tell whether the model's energies of some frames say anything: they change, and its forces fit the labels."""
     return bool(np.ptp(energies) > _ENERGY_CHANGES and _match(part).correlation >= _AGREES)
@@ -768,16 +774,19 @@ def _energy_units(dataset: Dataset, model: Potential, sample: _Sample) -> tuple[
         same = len(by_composition(dataset.frames[k] for k in sample.indices[places])) == 1
         changes = given - (given.mean() if same else _of_composition(dataset, sample, given))
         count = len(places)
-        if count < _UNIT_FRAMES or not _tells(sample.among(places), predicted):
+        # of molecules with borrowed elements a start model knows less
+        known = all(_known(dataset.frames[k]) for k in sample.indices[places])
+        if count < (_UNIT_FRAMES if known else _ENERGY_FRAMES) or not _tells(sample.among(places), predicted):
             continue
         number = dataset.frame_numbers[sample.indices[places[0]]]
         size = float(np.linalg.norm(changes) / np.linalg.norm(predicted))
+        low, high = _ENERGY_SCALE if known else _BORROWED_ENERGY_SCALE
         if same and not np.ptp(given) > 1e-6 * np.ptp(predicted):
             return (
                 f"the energies of {count} frames, the first is frame {number}, are all {given[0]:.6g} eV, where those "
                 f"of {model.name} change by {np.ptp(predicted):.3g} eV: they are no labels"
             ), True
-        if _correlation(predicted, changes) < _FITS_WELL or _ENERGY_SCALE[0] < size < _ENERGY_SCALE[1]:
+        if _correlation(predicted, changes) < _FITS_WELL or low < size < high:
             continue
         scales = {
             name.partition("/")[0]: unit for name, (unit, _) in _FORCE_UNITS.items() if name[:2] not in ("kc", "kJ")
@@ -825,7 +834,7 @@ def _energy_zeros(dataset: Dataset, model: Potential, sample: _Sample) -> tuple[
         indices = sample.indices[members]
         if not fitting and np.ptp(sample.predicted.energies[members] / dataset.n_atoms[indices]) > _ENERGY_GAPS[0]:
             continue  # what the model says of the energies is no better than of the forces
-        known = set(dataset.frames[indices[0]].symbols) <= {*_OWN_ELEMENTS}
+        known = _known(dataset.frames[indices[0]])
         off = (dataset.energies[indices] - sample.predicted.energies[members]) / dataset.n_atoms[indices]
         order = off.argsort()
         gaps = np.diff(off[order])[_CERTAIN_FRAMES - 1 : 1 - _CERTAIN_FRAMES]
