@@ -15,7 +15,8 @@ MIRRORS = ("TLMC_DATA_DIR", "TORCHANI_DATA_DIR")
 
 
 def _missing_mirrors() -> list[str]:
-    return [name for name in MIRRORS if not Path(os.environ.get(name) or "/nonexistent").is_dir()]
+    given = {name: os.environ.get(name) for name in MIRRORS}
+    return [name for name, folder in given.items() if not (folder and Path(folder).is_dir())]
 
 
 def _mirror_is_required() -> bool:
