@@ -167,7 +167,6 @@ class CalculatorPool:
             label = self._read(path, frame)
         else:
             copy = given_to(self.calculator, frame, f"pool, {frame.get_chemical_formula()}")
-            copy.set_constraint()  # it would hide the forces on atoms that are held in place
             copy.calc = self.calculator
             label = {"energy": float(copy.get_potential_energy()), "forces": copy.get_forces().tolist()}
             if unconverged(self.calculator):
