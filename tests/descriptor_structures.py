@@ -11,7 +11,7 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from torch import Tensor
 
-from tlmc.datasets import load_dataset
+from tlmc.data.loading import load_dataset
 from tlmc.labelling import read_structure
 
 MOLECULES: dict[str, Callable[[], Atoms]] = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from ase import Atoms
 
-from tlmc.labelled import Dataset
-from tlmc.potentials.calculator import Predictions
+from tlmc.data.dataset import Dataset
+from tlmc.potentials.model import Predictions
 
 
 def dataset(formulas, energies, forces, frame_numbers=None):

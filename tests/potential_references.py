@@ -13,7 +13,10 @@ from ase.data import atomic_numbers
 from ase.units import Hartree
 
 from tlmc.descriptors.aev import AEVParameters
-from tlmc.potentials import Layer, Potential, weights_path
+from tlmc.families.ani import Layer
+from tlmc.families.ani.model import AniPotential as Potential
+
+from tlmc.potentials.start_models import weights_path
 
 with warnings.catch_warnings():
     # said on first import, about optional CUDA kernels

@@ -13,13 +13,13 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from potential_references import toy_potential
 from test_finetune import labelled
 
-from tlmc import ablations
-from tlmc.ablations import ABLATIONS, E, F, carry_out, formatted, runs, table
 from tlmc.errors import ConfigError, DataError
-from tlmc.evaluation import append_records, read_records
-from tlmc.potentials.transfer import first_members
-from tlmc.runs import Run
-from tlmc.training.finetune import recipe
+from tlmc.experiments.records import append_records, read_records
+from tlmc.experiments.run import Run
+from tlmc.families.ani.transfer import first_members
+from tlmc.thesis import ablations
+from tlmc.thesis.ablations import ABLATIONS, E, F, carry_out, formatted, runs, table
+from tlmc.training.config import recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 

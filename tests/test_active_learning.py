@@ -11,7 +11,7 @@ from ase.constraints import FixAtoms
 from numpy.random import default_rng
 from scipy import stats
 
-from tlmc.datasets import load_dataset
+from tlmc.data.loading import load_dataset
 from tlmc.errors import ConfigError, DataError, ModelError
 from tlmc.evaluation.metrics import evaluate, per_frame
 from tlmc.labelling import method

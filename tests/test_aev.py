@@ -11,8 +11,9 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from potential_references import Auto3DAni2xt, torchani_ani2x, toy_potential
 
-from tlmc.datasets import load_dataset
-from tlmc.descriptors.aev import BLOCK, AEVParameters, aev, aev_backward, aev_jacobian, neighbours
+from tlmc.data.loading import load_dataset
+from tlmc.descriptors.aev import BLOCK, AEVParameters, aev, aev_backward, aev_jacobian
+from tlmc.descriptors.pairs import neighbours
 
 
 def small_cell() -> Atoms:

@@ -8,7 +8,7 @@ from ase.build import bulk
 from ase.calculators.singlepoint import SinglePointCalculator
 from numpy.random import default_rng
 
-from tlmc.analysis import (
+from tlmc.data.analysis import (
     density,
     descriptor_map,
     force_magnitudes,
@@ -19,9 +19,9 @@ from tlmc.analysis import (
     relative_energies,
     summary_table,
 )
-from tlmc.datasets import dataset_from_frames, load_dataset
+from tlmc.data.dataset import Dataset
+from tlmc.data.loading import dataset_from_frames, load_dataset
 from tlmc.errors import DataError
-from tlmc.labelled import Dataset
 
 
 def labelled(frame: Atoms, energy: float, forces: np.ndarray, **labels: np.ndarray) -> Atoms:

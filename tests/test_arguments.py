@@ -11,10 +11,13 @@ import pytest
 import torch
 from ase.build import molecule
 
-from tlmc import datasets, experiments, potentials, sampling, splits, training, views
+from tlmc import experiments, potentials, sampling, training
 from tlmc.arguments import checked
+from tlmc.data import loading as datasets
+from tlmc.data import splits
 from tlmc.errors import ConfigError
-from tlmc.runs import make_run
+from tlmc.experiments.run import make_run
+from tlmc.plots import views
 
 
 @pytest.fixture(scope="module")

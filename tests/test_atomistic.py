@@ -9,7 +9,7 @@ from ase import Atoms
 from ase.build import molecule
 from scipy.spatial.transform import Rotation
 
-from tlmc.datasets import load_dataset
+from tlmc.data.loading import load_dataset
 from tlmc.descriptors.soap import SOAP
 from tlmc.errors import ConfigError, DataError
 from tlmc.networks import BehlerParrinelloNetwork, DeepTensorNetwork

@@ -13,10 +13,11 @@ from potential_references import toy_potential
 
 from tlmc.descriptors.enrichment import fit_enrichment
 from tlmc.errors import ModelError
-from tlmc.potentials import TlmcCalculator, average, enrich, predict, relabel
-from tlmc.potentials.model import Layer
-from tlmc.reference import ReferenceEnergies
-from tlmc.training.checkpoint import load_model, save_model
+from tlmc.families.ani import average, enrich, relabel
+from tlmc.families.ani.model import Layer
+from tlmc.potentials import TlmcCalculator, predict
+from tlmc.potentials.model_files import load_model, save_model
+from tlmc.potentials.reference import ReferenceEnergies
 
 FRAMES = [molecule("CH3CONH2"), small_cell(), molecule("CH3OH")]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ase.build import bulk, molecule
 
-from tlmc.datasets import load_dataset
+from tlmc.data.loading import load_dataset
 from tlmc.descriptors.base import position_gradient
 from tlmc.descriptors.soap import SOAP
 from tlmc.descriptors.symmetry_functions import SymmetryFunctions

@@ -10,22 +10,16 @@ import pytest
 import torch
 from potential_references import torchani_energy_and_forces, with_exact_celu
 
-from tlmc.datasets import load_dataset
-from tlmc.labelled import Dataset
-from tlmc.potentials import (
-    Potential,
-    TlmcCalculator,
-    export_state_dict,
-    predict,
-    scratch,
-    to_torchani,
-    with_elements,
-)
-from tlmc.potentials.transfer import Borrowing
-from tlmc.reference import ReferenceEnergies
-from tlmc.splits import split_dataset
-from tlmc.training import build_cache, finetune, load_model, recipe, save_model
-from tlmc.training.engine import Engine, merge
+from tlmc.data.dataset import Dataset
+from tlmc.data.loading import load_dataset
+from tlmc.data.splits import split_dataset
+from tlmc.families.ani import build_cache, export_state_dict, scratch, to_torchani
+from tlmc.families.ani.batch import merge
+from tlmc.families.ani.engine import Engine
+from tlmc.potentials import Potential, TlmcCalculator, load_model, predict, save_model
+from tlmc.potentials.borrowing import Borrowing
+from tlmc.potentials.reference import ReferenceEnergies
+from tlmc.training import finetune, recipe
 
 CRYSTALS: list[tuple[str, dict[str, str]]] = [("27-like", {"Si": "C", "I": "Cl"}), ("28-like", {"Cu": "S"})]
 WAYS: tuple[Borrowing, ...] = ("relabel", "extend")

@@ -19,11 +19,12 @@ from ase.build import molecule
 from potential_references import toy_potential
 from test_aev import small_cell
 
-from tlmc.datasets import load_dataset
-from tlmc.descriptors.aev import aev, aev_jacobian, neighbours
+from tlmc.data.loading import load_dataset
+from tlmc.descriptors.aev import aev, aev_jacobian
+from tlmc.descriptors.pairs import neighbours
 from tlmc.errors import ConfigError, DataError, ModelError
-from tlmc.training import cache as module
-from tlmc.training.cache import build_cache
+from tlmc.families.ani.cache import build_cache
+from tlmc.families.ani import cache as module
 
 
 def frames():
@@ -281,8 +282,8 @@ def test_the_cache_needs_no_module_of_unix_only(tmp_path):
 import signal, sys
 sys.modules["resource"] = None
 del signal.SIGHUP
-import tlmc.training, tlmc.training.distributed, tlmc.experiments, tlmc.cli
-from tlmc.training import cache
+import tlmc.training, tlmc.training.distributed, tlmc.experiments.experiment, tlmc.cli
+from tlmc.families.ani import cache
 assert cache._free_address_space() == float("inf")
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -315,7 +316,8 @@ import resource, sys
 sys.path.insert(0, sys.argv[1])
 import pathlib, torch
 import test_cache as t
-from tlmc.training.engine import Engine, merge
+from tlmc.families.ani.batch import merge
+from tlmc.families.ani.engine import Engine
 from tlmc.training.loss import batch_loss
 from tlmc.training.optimizer import Update
 from functools import partial

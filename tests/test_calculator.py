@@ -21,12 +21,13 @@ from potential_references import (
     with_exact_celu,
 )
 
-from tlmc.descriptors.aev import neighbours
 from tlmc.descriptors.enrichment import fit_enrichment
+from tlmc.descriptors.pairs import neighbours
 from tlmc.errors import ConfigError, DataError, ModelError
-from tlmc.potentials import Predictions, TlmcCalculator, energy_spread, enrich, member_energies, predict
+from tlmc.families.ani import energy_spread, enrich, member_energies
+from tlmc.potentials import Predictions, TlmcCalculator, predict
 from tlmc.potentials.calculator import SkinNeighbours
-from tlmc.reference import ReferenceEnergies
+from tlmc.potentials.reference import ReferenceEnergies
 
 TRICLINIC = [[3.9, 0.3, 0.0], [-0.4, 4.2, 0.5], [0.2, 0.1, 4.6]]
 

@@ -15,14 +15,15 @@ import pytest
 import yaml
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from tlmc import casestudy
-from tlmc.analysis import packings
-from tlmc.casestudy import REFITTED, START, TUNED, CaseStudy, load_crystals
-from tlmc.datasets import load_dataset
+from tlmc.data.analysis import packings
+from tlmc.data.loading import load_dataset
 from tlmc.errors import ConfigError, DataError, ModelError
-from tlmc.evaluation import evaluate, ranking_table, read_records
+from tlmc.evaluation import evaluate, ranking_table
+from tlmc.experiments.records import read_records
 from tlmc.paths import mirror_dir, reports_dir
 from tlmc.potentials import predict
+from tlmc.thesis import casestudy
+from tlmc.thesis.casestudy import REFITTED, START, TUNED, CaseStudy, load_crystals
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -136,7 +137,7 @@ class TestChecks:
 
 class TestTables:
     def test_each_crystal_is_trained_and_elements_are_borrowed_as_in_the_thesis(self, case, caplog):
-        with caplog.at_level(logging.INFO, logger="tlmc.casestudy"):
+        with caplog.at_level(logging.INFO, logger="tlmc.thesis.casestudy"):
             experiments = case.each()
         assert list(experiments) == [("27", "relabel", 0), ("33", "", 0)]
         assert "lacks elements, borrowed are Si from C, I from Cl" in caplog.text

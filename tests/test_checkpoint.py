@@ -12,9 +12,10 @@ from potential_references import toy_potential
 from safetensors.torch import save_file
 
 from tlmc.errors import ModelError
-from tlmc.potentials import predict, relabel
-from tlmc.reference import ReferenceEnergies
-from tlmc.training.checkpoint import load_model, load_tensors, save_model, save_tensors
+from tlmc.families.ani import relabel
+from tlmc.potentials import predict
+from tlmc.potentials.model_files import load_model, load_tensors, save_model, save_tensors
+from tlmc.potentials.reference import ReferenceEnergies
 
 
 def model():

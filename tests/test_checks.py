@@ -15,10 +15,10 @@ from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 from ase.units import Bohr, Hartree
 from scipy.spatial.transform import Rotation
 
-from tlmc.checks import check_dataset, require_crystals
-from tlmc.datasets import dataset_from_frames, load_dataset
+from tlmc.data.checks import check_dataset, require_crystals
+from tlmc.data.dataset import Dataset
+from tlmc.data.loading import dataset_from_frames, load_dataset
 from tlmc.errors import DataError
-from tlmc.labelled import Dataset
 
 
 @pytest.fixture
@@ -314,7 +314,7 @@ def test_one_charge_state_is_nothing_to_say(
 
 
 def test_copies_are_logged_and_kept(frames: list[Atoms], caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "tlmc.checks"):
+    with caplog.at_level(logging.WARNING, "tlmc.data.checks"):
         dataset = dataset_from_frames([*frames, frames[1], frames[1]], name="a", source="a.traj")
     assert len(dataset) == 5
     assert "a.traj: 2 of 5 frames repeat the geometry of another, the first is frame 3" in caplog.text

@@ -25,16 +25,15 @@ from processes import heed_interrupts
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tlmc import cli
-from tlmc.datasets import load_dataset
+from tlmc.cli import app as cli
+from tlmc.data.loading import load_dataset
+from tlmc.data.splits import split_dataset
 from tlmc.errors import DataError
-from tlmc.evaluation.records import comparison_table, read_records
-from tlmc.peer import PeerExperiment
-from tlmc.potentials import scratch
+from tlmc.experiments.records import comparison_table, read_records
+from tlmc.families.ani import scratch
 from tlmc.potentials.calculator import predict
-from tlmc.splits import split_dataset
-from tlmc.training.checkpoint import load_model, load_tensors, save_model
-from tlmc.training.finetune import RECIPES
+from tlmc.potentials.model_files import load_model, load_tensors, save_model
+from tlmc.training.config import RECIPES
 
 N_FRAMES = 20
 OFFSET = 0.3
@@ -90,7 +89,7 @@ def data(frames, tmp_path, monkeypatch):
 @pytest.fixture
 def start(ani2xt, data):
     """Return the start model as a file, so that a test's own cache can stay empty."""
-    from tlmc.training.checkpoint import save_model
+    from tlmc.potentials.model_files import save_model
 
     path = data.parent / "start.safetensors"
     save_model(ani2xt, path)
@@ -494,7 +493,7 @@ class TestFetchAndInfo:
     def test_info_on_the_installation(self, tlmc, tmp_path, monkeypatch):
         monkeypatch.setenv("TLMC_CACHE_DIR", str(tmp_path / "cache"))
         monkeypatch.setenv("TLMC_DATA_DIR", str(tmp_path))
-        monkeypatch.setattr("tlmc.potentials.pretrained.reachable", lambda name: name == "ani2xt")
+        monkeypatch.setattr("tlmc.families.ani.pretrained.reachable", lambda name: name == "ani2xt")
         monkeypatch.setenv("TORCHANI_DATA_DIR", str(tmp_path / "torchani"))
         code, text, _ = tlmc("-q", "info")
         assert code == 0
@@ -541,7 +540,7 @@ class TestPeer:
         assert set(read_records(data.parent / "reports" / "metrics")["recipe"]) == {"sevennet, unmodified"}
 
     def test_wrong_input_gets_one_sentence(self, tlmc, data, monkeypatch):
-        monkeypatch.setattr("tlmc.peer.sevennet.is_installed", lambda: False)
+        monkeypatch.setattr("tlmc.families.sevennet.model.is_installed", lambda: False)
         code, _, text = tlmc("-q", "peer", data)
         assert (code, text) == (2, "SevenNet-0 needs the package sevenn: pip install 'tlmc[peer]'")
         code, _, text = tlmc("-q", "peer", data, "--lr", 0)

@@ -13,13 +13,16 @@ from potential_references import toy_potential
 from scipy.optimize import minimize
 from scipy.stats import norm, spearmanr
 
-from tlmc.datasets import dataset_from_frames, load_dataset
+from tlmc.data.loading import dataset_from_frames, load_dataset
+from tlmc.data.splits import split_dataset
 from tlmc.descriptors.enrichment import fit_enrichment
 from tlmc.errors import ConfigError, DataError, ModelError
 from tlmc.evaluation.metrics import evaluate
-from tlmc.potentials import Layer, average, energy_spread, enrich, extend, predict, relabel, scratch
-from tlmc.potentials.transfer import first_members
-from tlmc.reference import ReferenceEnergies, fit_reference
+from tlmc.families.ani import Layer, average, energy_spread, enrich, extend, relabel, scratch
+from tlmc.families.ani.transfer import first_members
+from tlmc.potentials import predict
+from tlmc.potentials.model_files import load_model, load_tensors, save_model, save_tensors
+from tlmc.potentials.reference import ReferenceEnergies, fit_reference
 from tlmc.sampling import (
     CommitteePredictions,
     LastLayerCommittee,
@@ -33,9 +36,8 @@ from tlmc.sampling import (
     predict_committee,
     reliability,
 )
-from tlmc.splits import split_dataset
-from tlmc.training.checkpoint import load_model, load_tensors, save_model, save_tensors
-from tlmc.training.finetune import finetune, recipe
+from tlmc.training.config import recipe
+from tlmc.training.fine_tuning import finetune
 
 
 def labelled(n_frames: int):

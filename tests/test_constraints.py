@@ -16,7 +16,7 @@ from ase.calculators.lj import LennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms, FixBondLengths, FixCartesian, FixCom, FixedLine, FixedPlane, FixScaled, Hookean
 
-from tlmc.datasets import dataset_from_frames, load_dataset
+from tlmc.data.loading import dataset_from_frames, load_dataset
 from tlmc.errors import DataError
 from tlmc.labelling import Method, label
 from tlmc.sampling import CalculatorPool
@@ -157,14 +157,14 @@ def test_zeros_by_symmetry_and_of_free_atoms_are_labels() -> None:
 
 def test_a_large_sum_of_forces_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     pushed = frames()
-    with caplog.at_level(logging.WARNING, "tlmc.checks"):
+    with caplog.at_level(logging.WARNING, "tlmc.data.checks"):
         dataset_from_frames(pushed, name="a", source="a.traj")
     assert not caplog.text
     for frame in pushed[1:]:
         frame.calc.results["forces"] = frame.calc.results["forces"] + [0.0, 0.1, 0.0]
     # a few meV/A per atom are usual
     pushed[0].calc.results["forces"] = pushed[0].calc.results["forces"] + [0.0, 0.005, 0.0]
-    with caplog.at_level(logging.WARNING, "tlmc.checks"):
+    with caplog.at_level(logging.WARNING, "tlmc.data.checks"):
         dataset_from_frames(pushed, name="a", source="a.traj")
     assert "a.traj: the forces of frame 1 add up to 0.8 eV/A (and 1 more frame)" in caplog.text
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import ase
 import pytest
 
-from tlmc.datasets import load_dataset, read_frames
+from tlmc.data.loading import load_dataset, read_frames
 from tlmc.errors import DataError
 
 VASP = Path(ase.__file__).parent / "test" / "testdata" / "vasp"
@@ -93,7 +93,7 @@ def test_what_ase_warns_of_is_passed_on(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 def test_complaints_of_other_programs_are_passed_on(tmp_path: Path) -> None:
-    from tlmc.convergence import read_convergence
+    from tlmc.data.scf import read_convergence
 
     (tmp_path / "a.out").write_text("Program PWSCF\n     convergence NOT achieved after 100 iterations: stopping\n")
     found = read_convergence(tmp_path / "a.out", "espresso-out")

@@ -27,8 +27,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from ase.units import Bohr, Hartree, kcal, mol
 
-from tlmc import datasets
-from tlmc.datasets import available, dataset_from_frames, load_dataset, read_frames
+from tlmc.data import loading as datasets
+from tlmc.data.loading import available, dataset_from_frames, load_dataset, read_frames
 from tlmc.errors import DataError
 
 MIRRORED = (
@@ -166,7 +166,7 @@ def test_calculator_results_win_over_reference_names_and_say_so(
     for frame in frames:
         frame.info["REF_energy"] = frame.calc.results["energy"] - 1
         frame.arrays["REF_forces"] = frame.calc.results["forces"] * 2
-    with caplog.at_level(logging.WARNING, "tlmc.datasets"):
+    with caplog.at_level(logging.WARNING, "tlmc.data.loading"):
         dataset = dataset_from_frames(frames, name="a", source="a.traj")
     assert dataset.energies.tolist() == [frame.calc.results["energy"] for frame in frames]
     assert "a.traj: labels are the calculator results, not REF_energy and REF_forces" in caplog.text

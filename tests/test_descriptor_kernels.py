@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
-from tlmc.descriptors import kernels
+from tlmc.descriptors import compiled_sums as kernels
 from tlmc.descriptors.soap import SOAP
 from tlmc.descriptors.symmetry_functions import SymmetryFunctions
 

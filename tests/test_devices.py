@@ -14,16 +14,18 @@ from potential_references import toy_potential
 from test_aev import small_cell
 from test_engine import engine_gradient, labels
 from test_finetune import labelled, quick, same_weights, student, teacher
+from tlmc.training.trainer import Trainer
 
+from tlmc.data.splits import split_dataset
 from tlmc.errors import ConfigError
+from tlmc.families.ani.batch import merge
+from tlmc.families.ani.cache import build_cache
+from tlmc.families.ani.device_cache import DeviceCache, find_device
+from tlmc.families.ani.engine import Engine, TorchSweeps
 from tlmc.potentials import predict
-from tlmc.splits import split_dataset
-from tlmc.training import engine as engine_module
-from tlmc.training.cache import build_cache
-from tlmc.training.devices import DeviceCache, find_device
+from tlmc.families.ani import engine as engine_module
 from tlmc.training.distributed import Group
-from tlmc.training.engine import Engine, TorchSweeps, merge
-from tlmc.training.finetune import _Trainer, finetune
+from tlmc.training.fine_tuning import finetune
 from tlmc.training.loss import batch_loss
 from tlmc.training.optimizer import Update
 
@@ -104,7 +106,7 @@ def test_an_epoch_reads_from_the_device_once_per_part_whatever_the_number_of_ste
         reads = []
         config = quick(batch_size=batch_size, **changes)
         cache = build_cache(student(), data.frames, torch.float32)
-        trainer = _Trainer(student(), data, parts, config, cache, (True,) * 4, Group())
+        trainer = Trainer(student(), data, parts, config, cache, (True,) * 4, Group())
         state = trainer.start()
         with monkeypatch.context() as patch:
             for name in ("item", "tolist", "cpu", "__bool__", "__float__", "__int__", "__index__"):
@@ -160,7 +162,7 @@ def test_training_on_a_gpu_equals_that_on_the_processor_and_goes_on_there(tmp_pa
     runs = [finetune(student(), data, parts, config, device=device) for device in ("cpu", "cuda")]
     columns = [c for c in runs[0].history if c not in ("seconds", "cpu_seconds")]
     pd.testing.assert_frame_equal(runs[0].history[columns], runs[1].history[columns], rtol=1e-6)
-    train_epoch = _Trainer.epoch
+    train_epoch = Trainer.epoch
 
     def stop(self, state):
         if state.epoch == 2:
@@ -170,7 +172,7 @@ def test_training_on_a_gpu_equals_that_on_the_processor_and_goes_on_there(tmp_pa
     for first, second in (("cpu", "cuda"), ("cuda", "cpu")):
         run = tmp_path / first
         with monkeypatch.context() as patch:
-            patch.setattr(_Trainer, "epoch", stop)
+            patch.setattr(Trainer, "epoch", stop)
             with pytest.raises(KeyboardInterrupt):
                 finetune(student(), data, parts, config, run, checkpoint_seconds=0.0, device=first)
         resumed = finetune(student(), data, parts, config, run, device=second)
@@ -186,7 +188,7 @@ def test_steps_on_a_gpu_do_not_wait(tmp_path):
     data, config = labelled(), quick(batch_size=4, clip_norm=1.0)
     cache = build_cache(student(), data.frames, torch.float32)
     group = Group(device=torch.device("cuda", 0))
-    trainer = _Trainer(student(), data, split_dataset(data, seed=0), config, cache, (True,) * 4, group)
+    trainer = Trainer(student(), data, split_dataset(data, seed=0), config, cache, (True,) * 4, group)
     state = trainer.start()
     trainer.restore(state)
     trainer.epoch(state)  # structures move, libraries load
@@ -222,7 +224,7 @@ def test_batches_by_atoms_are_filled_and_drawn_by_the_seed(tmp_path):
     data = mixed()
     parts = split_dataset(data, seed=0)
     trainers = [
-        _Trainer(student(), data, parts, quick(batch_atoms=14, seed=seed), build_cache(student(), data.frames),
+        Trainer(student(), data, parts, quick(batch_atoms=14, seed=seed), build_cache(student(), data.frames),
                  (True,) * 4, Group())
         for seed in (0, 0, 1)
     ]  # fmt: skip

@@ -20,11 +20,11 @@ import torch.distributed as dist
 from test_finetune import labelled, same_weights, student
 from training_processes import CASES, settings
 
+from tlmc.data.splits import split_dataset
 from tlmc.errors import ConfigError
-from tlmc.splits import split_dataset
-from tlmc.training.checkpoint import load_model
+from tlmc.potentials.model_files import load_model
 from tlmc.training.distributed import ContactError, Group, check_backend, launch, processes
-from tlmc.training.finetune import finetune
+from tlmc.training.fine_tuning import finetune
 
 WORKER = Path(__file__).with_name("training_processes.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]

@@ -5,8 +5,8 @@ import pytest
 from numpy.random import default_rng
 from scipy.spatial.distance import cdist
 
-from tlmc.analysis import averaged_soap
-from tlmc.datasets import load_dataset
+from tlmc.data.analysis import averaged_soap
+from tlmc.data.loading import load_dataset
 from tlmc.errors import ConfigError, DataError
 from tlmc.sampling import cur, farthest_points, leverage_scores
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from ase import Atoms
 
-from tlmc.datasets import load_dataset, read_frames
+from tlmc.data.dataset import Dataset
+from tlmc.data.loading import load_dataset, read_frames
 from tlmc.files import sha256_file
-from tlmc.labelled import Dataset
 from tlmc.labelling import RECIPES, MolecularDynamics, Perturbation, label, method, perturb, screen
 from tlmc.paths import data_dir
 

@@ -13,15 +13,17 @@ from descriptor_structures import small_cell, structure
 from dscribe import descriptors as dscribe
 from potential_references import toy_potential
 
-from tlmc.datasets import load_dataset
+from tlmc.data.loading import load_dataset
 from tlmc.descriptors.enrichment import Enrichment, fit_enrichment
 from tlmc.errors import ConfigError, ModelError
-from tlmc.potentials import Layer, TlmcCalculator, enrich, extend, predict, relabel, to_torchani
-from tlmc.potentials.calculator import member_energies
+from tlmc.families.ani import Layer, enrich, extend, relabel, to_torchani
+from tlmc.families.ani.batch import merge
+from tlmc.families.ani.cache import build_cache
+from tlmc.families.ani.engine import Engine
+from tlmc.families.ani.evaluation import member_energies
+from tlmc.potentials import TlmcCalculator, predict
+from tlmc.potentials.model_files import load_model, save_model
 from tlmc.sampling.normal_modes import exact_hessian
-from tlmc.training.cache import build_cache
-from tlmc.training.checkpoint import load_model, save_model
-from tlmc.training.engine import Engine, merge
 from tlmc.training.loss import batch_loss
 
 SMALL = {"r_cut": 3.0, "n_max": 2, "l_max": 2}

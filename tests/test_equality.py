@@ -17,15 +17,16 @@ from ase.build import molecule
 from potential_references import toy_potential
 
 import tlmc
+from tlmc.data.splits import Split
 from tlmc.descriptors.enrichment import fit_enrichment
 from tlmc.equality import equal_by_content, same
-from tlmc.potentials import Layer, Predictions, enrich, predict, relabel
-from tlmc.reference import ReferenceEnergies
+from tlmc.families.ani import Layer, enrich, relabel
+from tlmc.families.ani.batch import merge
+from tlmc.families.ani.cache import build_cache
+from tlmc.potentials import Predictions, predict
+from tlmc.potentials.model_files import load_model, save_model
+from tlmc.potentials.reference import ReferenceEnergies
 from tlmc.sampling import predict_committee
-from tlmc.splits import Split
-from tlmc.training.cache import build_cache
-from tlmc.training.checkpoint import load_model, save_model
-from tlmc.training.engine import merge
 
 HOLDS_ARRAYS = re.compile(r"Tensor|NDArray|\w*Array\b|DataFrame|Potential|Dataset|Predictions|Layer|Structure\b|Stage")
 

@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 
 from tlmc import experiments
-from tlmc.datasets import load_dataset
+from tlmc.data.loading import load_dataset
 from tlmc.errors import ConfigError, Interrupted
-from tlmc.evaluation import read_records
-from tlmc.experiments import CONVERGENCE, convergence, convergence_table, run_recipes
+from tlmc.experiments.experiment import CONVERGENCE, convergence, convergence_table, run_recipes
+from tlmc.experiments.records import read_records
 from tlmc.training import recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +43,7 @@ def test_a_finished_run_is_read_and_not_repeated(few, ani2xt):
 
 def test_an_interrupt_after_the_training_loses_nothing(few, ani2xt, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("tlmc.experiments.before_and_after", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr("tlmc.experiments.experiment.before_and_after", lambda *_: signal.raise_signal(signal.SIGINT))
         with pytest.raises(Interrupted, match="while the result was evaluated: it is kept in .*naphthalene-"):
             run_recipes(ani2xt, few, ["short"], 1, epochs=1)
     assert run_recipes(ani2xt, few, ["short"], 1, epochs=1)[0].result.resumed_from == 1

@@ -19,21 +19,12 @@ from potential_references import (
 
 from tlmc.descriptors.enrichment import fit_enrichment
 from tlmc.errors import ModelError
-from tlmc.potentials import (
-    THESIS_DONORS,
-    Layer,
-    average,
-    enrich,
-    export_state_dict,
-    extend,
-    predict,
-    relabel,
-    scratch,
-    to_torchani,
-)
-from tlmc.potentials.pretrained import parameter_fingerprint
-from tlmc.potentials.transfer import first_members
-from tlmc.reference import ReferenceEnergies
+from tlmc.families.ani import Layer, average, enrich, export_state_dict, extend, relabel, scratch, to_torchani
+from tlmc.families.ani.pretrained import parameter_fingerprint
+from tlmc.families.ani.transfer import first_members
+from tlmc.potentials import predict
+from tlmc.potentials.borrowing import THESIS_DONORS
+from tlmc.potentials.reference import ReferenceEnergies
 
 
 def formaldehyde_crystal() -> Atoms:

@@ -15,7 +15,7 @@ import torch
 from tlmc import files, paths
 from tlmc.errors import ConfigError
 from tlmc.files import WRITTEN_LIST, atomic_path, claim, listed, write_text
-from tlmc.training.checkpoint import save_tensors
+from tlmc.potentials.model_files import save_tensors
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])

@@ -20,17 +20,20 @@ import torch
 from ase.build import molecule
 from jupyter_client.manager import start_new_kernel
 from potential_references import toy_potential
+from tlmc.training.trainer import Trainer
 
-from tlmc.datasets import load_dataset
+from tlmc.data.dataset import Dataset
+from tlmc.data.loading import load_dataset
+from tlmc.data.splits import Split, split_dataset
 from tlmc.errors import ConfigError, DataError, Interrupted, ModelError
 from tlmc.evaluation import evaluate
-from tlmc.labelled import Dataset
-from tlmc.potentials import predict, to_torchani
-from tlmc.potentials.transfer import first_members
-from tlmc.splits import Split, split_dataset
-from tlmc.training.checkpoint import load_model, save_model
+from tlmc.families.ani import to_torchani
+from tlmc.families.ani.transfer import first_members
+from tlmc.potentials import predict
+from tlmc.potentials.model_files import load_model, save_model
+from tlmc.training.config import FinetuneConfig, recipe
 from tlmc.training.distributed import ContactError
-from tlmc.training.finetune import FinetuneConfig, _Trainer, finetune, recipe
+from tlmc.training.fine_tuning import finetune
 from tlmc.units import HARTREE
 
 finetuning = sys.modules[finetune.__module__]
@@ -87,7 +90,7 @@ def same_weights(a, b) -> bool:
 
 def stop_at_step(patch, number, act=None):
     """Interrupt a training in a step of it, the steps of all its epochs counted."""
-    step = _Trainer._step
+    step = Trainer._step
 
     def stop(self, n_structures, share, errors, update):
         step(self, n_structures, share, errors, update)
@@ -96,7 +99,7 @@ def stop_at_step(patch, number, act=None):
                 raise KeyboardInterrupt
             act()
 
-    patch.setattr(_Trainer, "_step", stop)
+    patch.setattr(Trainer, "_step", stop)
 
 
 def test_it_learns_and_the_result_carries_its_reference():

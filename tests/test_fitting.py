@@ -11,15 +11,15 @@ import pytest
 import torch
 from ase.build import molecule
 
-from tlmc.datasets import load_dataset
+from tlmc.data.loading import load_dataset
+from tlmc.data.splits import split_dataset
 from tlmc.descriptors.soap import SOAP
 from tlmc.descriptors.symmetry_functions import SymmetryFunctions
 from tlmc.errors import ConfigError, DataError, Interrupted, ModelError
 from tlmc.evaluation.metrics import evaluate
 from tlmc.networks import BehlerParrinelloNetwork, DeepTensorNetwork, FitConfig, error_over_size, fit, shrunk
 from tlmc.networks.optimizers import AdamW
-from tlmc.potentials.calculator import Predictions
-from tlmc.splits import split_dataset
+from tlmc.potentials.model import Predictions
 
 
 def deep_tensor(species, seed=0):

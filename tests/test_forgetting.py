@@ -11,15 +11,19 @@ import torch
 from ase.build import molecule
 from potential_references import toy_potential
 from test_finetune import labelled, quick, same_weights, student
+from tlmc.training.trainer import Trainer
 
+from tlmc.data.splits import split_dataset
 from tlmc.errors import ConfigError
 from tlmc.evaluation.forgetting import forgetting
-from tlmc.potentials import Layer, predict
-from tlmc.reference import ReferenceEnergies
-from tlmc.splits import split_dataset
-from tlmc.training.cache import build_cache
-from tlmc.training.engine import Engine, merge
-from tlmc.training.finetune import _Trainer, finetune, recipe
+from tlmc.families.ani import Layer
+from tlmc.families.ani.batch import merge
+from tlmc.families.ani.cache import build_cache
+from tlmc.families.ani.engine import Engine
+from tlmc.potentials import predict
+from tlmc.potentials.reference import ReferenceEnergies
+from tlmc.training.config import recipe
+from tlmc.training.fine_tuning import finetune
 from tlmc.training.loss import batch_loss
 from tlmc.training.replay import Replay, isolated_molecules
 
@@ -94,7 +98,7 @@ def test_replay_lessens_forgetting_and_resumes(tmp_path, monkeypatch):
     # offsets belong to the labels: molecules play no part in their fit
     assert whole.potential.reference == plain.potential.reference
     assert plain.run_id != whole.run_id
-    train_epoch = _Trainer.epoch
+    train_epoch = Trainer.epoch
 
     def stop(self, state):
         if state.epoch == 2:
@@ -102,7 +106,7 @@ def test_replay_lessens_forgetting_and_resumes(tmp_path, monkeypatch):
         return train_epoch(self, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Trainer, "epoch", stop)
+        patch.setattr(Trainer, "epoch", stop)
         with pytest.raises(KeyboardInterrupt):
             finetune(start, data, parts, config, tmp_path / "run", checkpoint_seconds=0.0)
     resumed = finetune(start, data, parts, config, tmp_path / "run")

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from quippy.descriptors import Descriptor as QuippyDescriptor
 from quippy.potential import Potential
 
-from tlmc.datasets import load_dataset
+from tlmc.data.loading import load_dataset
 from tlmc.descriptors.base import LocalDescriptor, SparseJacobian
 from tlmc.descriptors.soap import SOAP
 from tlmc.errors import ConfigError, DataError
-from tlmc.kernels import GAP
-from tlmc.kernels import gap as module
-from tlmc.reference import ReferenceEnergies
+from tlmc.kernel_methods import GAP
+from tlmc.kernel_methods import gap as module
+from tlmc.potentials.reference import ReferenceEnergies
 
 
 @pytest.fixture(scope="module")

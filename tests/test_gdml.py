@@ -11,11 +11,11 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 
-from tlmc.datasets import load_dataset
+from tlmc.data.loading import load_dataset
 from tlmc.errors import ConfigError, DataError, ModelError
-from tlmc.kernels import GDML, Matern52, find_permutations
-from tlmc.kernels.gdml import inverse_distances, pair_permutations
-from tlmc.kernels.permutations import complete_group
+from tlmc.kernel_methods import GDML, Matern52, find_permutations
+from tlmc.kernel_methods.gdml import inverse_distances, pair_permutations
+from tlmc.kernel_methods.permutations import complete_group
 
 with warnings.catch_warnings():
     # it looks for newer versions of itself and for packages that it could use

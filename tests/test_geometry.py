@@ -11,7 +11,7 @@ from ase.build import bulk, molecule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tlmc.geometry import duplicate_groups, element_counts, frame_hash, is_crystal
+from tlmc.data.geometry import duplicate_groups, element_counts, frame_hash, is_crystal
 
 
 def test_elements_are_counted() -> None:

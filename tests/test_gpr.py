@@ -12,8 +12,15 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process import kernels as reference
 
 from tlmc.errors import ConfigError, DataError, ModelError
-from tlmc.kernels import Gaussian, GaussianProcess, IterativeProcess, Matern52, NystromProcess, conjugate_gradients
-from tlmc.kernels.gpr import likely_start
+from tlmc.kernel_methods import (
+    Gaussian,
+    GaussianProcess,
+    IterativeProcess,
+    Matern52,
+    NystromProcess,
+    conjugate_gradients,
+)
+from tlmc.kernel_methods.gpr import likely_start
 
 PAIRS = {
     "gaussian": (Gaussian, lambda length: reference.RBF(length)),

@@ -13,7 +13,7 @@ from nbformat import v4
 from papermill.exceptions import PapermillExecutionError
 
 from tlmc.errors import ConfigError, DataError, ModelError, OneSentence, StudyError, TlmcError
-from tlmc.study import kernel_environment
+from tlmc.study.runner import kernel_environment
 
 # nbformat and the kernel's sockets warn about things outside this package
 pytestmark = [

@@ -11,8 +11,8 @@ from hypothesis.extra.numpy import arrays
 from sklearn.gaussian_process import kernels as reference
 
 from tlmc.errors import ConfigError
-from tlmc.kernels import Gaussian, Matern52
-from tlmc.kernels.feature_maps import gaussian_series, quadratic_features, rings
+from tlmc.kernel_methods import Gaussian, Matern52
+from tlmc.kernel_methods.feature_maps import gaussian_series, quadratic_features, rings
 
 KERNELS = [Gaussian, Matern52]
 points = arrays(np.float64, st.tuples(st.integers(2, 12), st.integers(1, 4)), elements=st.floats(-5, 5))

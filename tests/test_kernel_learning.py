@@ -10,14 +10,14 @@ import pytest
 import torch
 from ase.build import molecule
 
-from tlmc.datasets import load_dataset
+from tlmc.data.loading import load_dataset
 from tlmc.descriptors.coulomb import CoulombMatrix
 from tlmc.descriptors.ewald import EwaldMatrix
 from tlmc.descriptors.soap import SOAP
 from tlmc.errors import ConfigError, DataError
 from tlmc.evaluation.metrics import evaluate
-from tlmc.kernels import GDML, DescriptorGPR, Gaussian, GaussianProcess, NystromProcess
-from tlmc.kernels.learning_curve import fit_seconds, learning_curve, power_law
+from tlmc.kernel_methods import GDML, DescriptorGPR, Gaussian, GaussianProcess, NystromProcess
+from tlmc.kernel_methods.learning_curve import fit_seconds, learning_curve, power_law
 
 
 @pytest.fixture(scope="module")

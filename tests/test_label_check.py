@@ -15,16 +15,18 @@ from ase.optimize import FIRE
 from scipy.spatial.transform import Rotation
 from typer.testing import CliRunner
 
-from tlmc.casestudy import CaseStudy
-from tlmc.checks import check_dataset
 from tlmc.cli import app
-from tlmc.datasets import load_dataset
+from tlmc.data.checks import check_dataset
+from tlmc.data.dataset import Dataset
+from tlmc.data.loading import load_dataset
 from tlmc.errors import DataError, Interrupted
-from tlmc.experiments import convergence, run_experiment
-from tlmc.label_check import check_labels, with_checked_stresses
-from tlmc.labelled import Dataset
-from tlmc.potentials import THESIS_DONORS, Potential, TlmcCalculator, predict, relabel, scratch, with_elements
-from tlmc.training.finetune import recipe
+from tlmc.evaluation.label_check import check_labels, with_checked_stresses
+from tlmc.experiments.experiment import convergence, run_experiment
+from tlmc.families.ani import relabel, scratch
+from tlmc.potentials import Potential, TlmcCalculator, predict
+from tlmc.potentials.borrowing import THESIS_DONORS
+from tlmc.thesis.casestudy import CaseStudy
+from tlmc.training.config import recipe
 from tlmc.units import BOHR, HARTREE, KCAL_PER_MOL
 
 Change = Callable[[Dataset], Dataset]
@@ -483,7 +485,7 @@ def test_an_interrupt_is_one_sentence(crystals, ani2xt, monkeypatch, begin):
     def stop(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tlmc.label_check.predict", stop)
+    monkeypatch.setattr("tlmc.evaluation.label_check.predict", stop)
     untold = replace(crystals, energies=crystals.energies + 1.0)
     with pytest.raises(Interrupted, match="^interrupted while the labels of .* were compared with ani2xt: ") as caught:
         begin(untold, ani2xt)

@@ -15,7 +15,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from ase.units import Bohr, GPa, Hartree, kcal, kJ, mol
 from numpy.typing import NDArray
 
-from tlmc.datasets import dataset_from_frames, load_dataset
+from tlmc.data.loading import dataset_from_frames, load_dataset
 from tlmc.errors import DataError
 from tlmc.units import parse_unit
 

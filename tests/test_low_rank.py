@@ -10,13 +10,16 @@ from ase.build import molecule
 from potential_references import toy_potential
 from test_aev import small_cell
 from test_finetune import labelled, quick, same_weights, student
+from tlmc.training.trainer import Trainer
 
+from tlmc.data.splits import split_dataset
 from tlmc.errors import ConfigError
-from tlmc.splits import split_dataset
-from tlmc.training.cache import build_cache
-from tlmc.training.checkpoint import load_tensors
-from tlmc.training.engine import Engine, merge
-from tlmc.training.finetune import _Trainer, finetune, recipe
+from tlmc.families.ani.batch import merge
+from tlmc.families.ani.cache import build_cache
+from tlmc.families.ani.engine import Engine
+from tlmc.potentials.model_files import load_tensors
+from tlmc.training.config import recipe
+from tlmc.training.fine_tuning import finetune
 from tlmc.training.loss import batch_loss
 from tlmc.training.low_rank import LowRank
 
@@ -119,7 +122,7 @@ def test_it_learns_and_resumes_bit_for_bit(tmp_path, monkeypatch):
     parts, config = split_dataset(data, seed=0), quick(rank=3, epochs=6, ema_decay=0.9, clip_norm=1.0)
     whole = finetune(student(), data, parts, config)
     assert whole.history["train_loss"].iloc[-1] < 0.5 * whole.history["train_loss"].iloc[0]
-    train_epoch = _Trainer.epoch
+    train_epoch = Trainer.epoch
 
     def stop(self, state):
         if state.epoch == 3:
@@ -127,7 +130,7 @@ def test_it_learns_and_resumes_bit_for_bit(tmp_path, monkeypatch):
         return train_epoch(self, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Trainer, "epoch", stop)
+        patch.setattr(Trainer, "epoch", stop)
         with pytest.raises(KeyboardInterrupt):
             finetune(student(), data, parts, config, tmp_path / "run", checkpoint_seconds=0.0)
     tensors, _ = load_tensors(tmp_path / "run" / "state.safetensors")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from tlmc.datasets import load_dataset
+from tlmc.data.loading import load_dataset
 from tlmc.errors import ConfigError, DataError
 from tlmc.evaluation.metrics import by_force_range, by_kind, correlation, evaluate, frame_force_rms, per_frame
 

@@ -13,12 +13,13 @@ from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from potential_references import toy_potential
 
-from tlmc.datasets import dataset_from_frames
-from tlmc.experiments import run_experiment
-from tlmc.model_card import model_facts, model_page
-from tlmc.potentials import average, predict, relabel
-from tlmc.training.checkpoint import load_tensors, save_model, save_tensors
-from tlmc.training.finetune import recipe
+from tlmc.data.loading import dataset_from_frames
+from tlmc.experiments.experiment import run_experiment
+from tlmc.experiments.model_card import model_facts, model_page
+from tlmc.families.ani import average, relabel
+from tlmc.potentials import predict
+from tlmc.potentials.model_files import load_tensors, save_model, save_tensors
+from tlmc.training.config import recipe
 
 
 def methanol(n_frames=12):

@@ -7,7 +7,7 @@ import pytest
 from ase import Atoms
 from ase.build import molecule
 
-from tlmc.datasets import load_dataset
+from tlmc.data.loading import load_dataset
 from tlmc.errors import DataError
 from tlmc.labelling import formula_unit
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from potential_references import ExactCelu, toy_potential
 
-from tlmc.potentials.network import backward, forward
+from tlmc.families.ani.network import backward, forward
 
 
 @pytest.mark.parametrize("members", [1, 3])

@@ -15,9 +15,9 @@ import pytest
 import yaml
 from nbformat import v4
 
-from tlmc import profiles
-from tlmc.casestudy import THESIS_TABLE
 from tlmc.errors import ConfigError
+from tlmc.study import profiles
+from tlmc.thesis.casestudy import THESIS_TABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

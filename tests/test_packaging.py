@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_finetune import labelled, student
 
-from tlmc.training.checkpoint import save_model
+from tlmc.potentials.model_files import save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

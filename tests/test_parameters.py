@@ -10,10 +10,11 @@ import nbformat
 import numpy as np
 import pytest
 
-from tlmc import parameters, profiles, study
-from tlmc.datasets import load_dataset
+from tlmc.data.loading import load_dataset
 from tlmc.errors import ConfigError
 from tlmc.paths import project_root
+from tlmc.study import parameters, profiles
+from tlmc.study import runner as study
 
 DEFAULTS = {
     path.stem: profiles.notebook_defaults(path) for path in sorted((project_root() / "notebooks").glob("*.ipynb"))
@@ -179,12 +180,12 @@ class TestTheData:
 
     def test_warnings_about_data_are_left_to_the_notebook(self, caplog):
         def read(name):
-            logging.getLogger("tlmc.checks").warning("twice")
+            logging.getLogger("tlmc.data.checks").warning("twice")
             return load_dataset(name)
 
         parameters.check("06_start_models", DEFAULTS["06_start_models"], read)
         assert not caplog.records
-        logging.getLogger("tlmc.checks").warning("once")
+        logging.getLogger("tlmc.data.checks").warning("once")
         assert [record.message for record in caplog.records] == ["once"]
 
 

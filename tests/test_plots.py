@@ -17,12 +17,14 @@ import torch
 from ase.build import molecule
 from matplotlib.axes import Axes
 
-from tlmc import analysis, networks, plots, sampling
-from tlmc.datasets import load_dataset
-from tlmc.descriptors.aev import AEVParameters, aev, neighbours
+from tlmc import networks, plots, sampling
+from tlmc.data import analysis
+from tlmc.data.loading import load_dataset
+from tlmc.data.splits import Split, split_dataset
+from tlmc.descriptors.aev import AEVParameters, aev
+from tlmc.descriptors.pairs import neighbours
 from tlmc.errors import ConfigError, DataError
 from tlmc.evaluation.metrics import evaluate, per_frame
-from tlmc.splits import Split, split_dataset
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ import pytest
 from test_ablations import record
 
 from tlmc import plots
-from tlmc.ablations import table
 from tlmc.errors import DataError
+from tlmc.thesis.ablations import table
 
 
 @pytest.fixture(autouse=True)

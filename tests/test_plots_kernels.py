@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from tlmc.errors import DataError
-from tlmc.plots import kernels as plots
+from tlmc.plots import kernel_methods as plots
 
 
 @pytest.fixture(autouse=True)

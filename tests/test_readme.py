@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tlmc.evaluation import comparison_table, format_comparison, read_records
+from tlmc.experiments.records import comparison_table, format_comparison, read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

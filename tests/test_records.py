@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from test_finetune import labelled
 
-from tlmc.datasets import load_dataset
+from tlmc.data.loading import load_dataset
+from tlmc.data.splits import shrunk, split_dataset
 from tlmc.errors import ConfigError, DataError
-from tlmc.evaluation import records
+from tlmc.experiments import records
 from tlmc.evaluation.metrics import Metric
-from tlmc.evaluation.records import (
+from tlmc.experiments.records import (
     COLUMNS,
     append_records,
     check_comparable,
@@ -28,7 +29,6 @@ from tlmc.evaluation.records import (
     rows_from_metrics,
     told_apart,
 )
-from tlmc.splits import shrunk, split_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -138,7 +138,7 @@ class TestAppend:
 
     def test_processes_that_append_at_once_lose_nothing(self, tmp_path):
         script = (
-            "import sys; from tlmc.evaluation.records import append_records\n"
+            "import sys; from tlmc.experiments.records import append_records\n"
             "row, folder, first = eval(sys.argv[1]), sys.argv[2], int(sys.argv[3])\n"
             "for seed in range(first, first + 15): append_records([row | {'seed': seed}], folder)\n"
         )

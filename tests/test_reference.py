@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tlmc.errors import DataError, ModelError
-from tlmc.reference import ReferenceEnergies, fit_reference
+from tlmc.potentials.reference import ReferenceEnergies, fit_reference
 
 
 def test_per_atom_is_the_mean_residual_per_atom_whatever_the_frame_size() -> None:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from tlmc.errors import ConfigError, ModelError
-from tlmc.evaluation import read_records
-from tlmc.runs import Run, execute, read_run, run_id, write_run
+from tlmc.experiments.records import read_records
+from tlmc.experiments.run import Run, execute, read_run, run_id, write_run
 
 
 def test_a_run_survives_its_file(tmp_path):

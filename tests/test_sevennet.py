@@ -11,18 +11,17 @@ import pytest
 import torch
 from ase import Atoms
 from labelled import dataset
+from tlmc.families.sevennet import model as sevennet
+from tlmc.potentials import predict, load_start_model
 
 from tlmc.errors import ConfigError, ModelError
+from tlmc.families.sevennet.model import SHA256, read_checkpoint
 from tlmc.files import sha256_file
-from tlmc.peer import is_installed, load_sevennet, predict, refit_offset, sevennet
-from tlmc.peer.sevennet import SHA256, read_checkpoint
-
-needs_sevenn = pytest.mark.skipif(not is_installed(), reason="needs sevenn: pip install 'tlmc[peer]'")
 
 
 @pytest.fixture(scope="module")
 def model():
-    return load_sevennet()
+    return load_start_model("sevennet")
 
 
 def crystal(seed: int = 0) -> Atoms:
@@ -66,7 +65,6 @@ class TestReading:
             load_sevennet()
 
 
-@needs_sevenn
 class TestModel:
     def test_published_model(self, model):
         assert (model.r_cut, model.fingerprint, len(model.numbers)) == (5.0, SHA256, 89)

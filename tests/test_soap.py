@@ -14,7 +14,7 @@ from ase import Atoms
 from ase.build import molecule
 from scipy import integrate, special
 
-from tlmc.descriptors import kernels
+from tlmc.descriptors import compiled_sums as kernels
 from tlmc.descriptors.harmonics import (
     degrees,
     harmonic_factors,

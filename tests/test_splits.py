@@ -10,11 +10,11 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tlmc.datasets import dataset_from_frames, load_dataset
+from tlmc.data.dataset import Dataset
+from tlmc.data.geometry import duplicate_groups
+from tlmc.data.loading import dataset_from_frames, load_dataset
+from tlmc.data.splits import Split, SplitMethod, energy_groups, only_crystals, shrunk, split_dataset
 from tlmc.errors import ConfigError, DataError
-from tlmc.geometry import duplicate_groups
-from tlmc.labelled import Dataset
-from tlmc.splits import Split, SplitMethod, energy_groups, only_crystals, shrunk, split_dataset
 
 METHODS: tuple[SplitMethod, ...] = ("random", "blocks", "energy_groups")
 
@@ -298,12 +298,12 @@ def test_fewer_training_frames_are_of_both_kinds_and_nested() -> None:
 
 def test_molecules_that_are_left_out_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     assert only_crystals(mixed(5, 2)).is_crystal.tolist() == [True] * 5
-    [record] = [record for record in caplog.records if record.name == "tlmc.splits"]
+    [record] = [record for record in caplog.records if record.name == "tlmc.data.splits"]
     assert record.levelname == "WARNING"
     assert "left out (2 of mixed): lattice energies" in record.message
     caplog.clear()
     only_crystals(mixed(5, 2).crystals())
-    assert not [record for record in caplog.records if record.name == "tlmc.splits"]
+    assert not [record for record in caplog.records if record.name == "tlmc.data.splits"]
 
 
 def test_json_round_trip() -> None:

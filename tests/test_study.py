@@ -21,11 +21,12 @@ from nbformat import v4
 from PIL import Image
 from processes import heed_interrupts
 
-from tlmc import outcomes, profiles, study
-from tlmc.datasets import load_dataset
+from tlmc.data.loading import load_dataset
 from tlmc.errors import ConfigError, DataError, StudyError
-from tlmc.evaluation.records import append_records
+from tlmc.experiments.records import append_records
 from tlmc.provenance import package_versions
+from tlmc.study import outcomes, profiles
+from tlmc.study import runner as study
 
 # nbformat and the kernel's sockets warn about things outside this package
 pytestmark = [
@@ -33,7 +34,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 
-FINISH = "from tlmc.outcomes import write_metrics\nwrite_metrics({name!r}, {{'answer': {answer}}})"
+FINISH = "from tlmc.study.outcomes import write_metrics\nwrite_metrics({name!r}, {{'answer': {answer}}})"
 
 
 def write_notebook(folder: Path, name: str, parameters: str, *cells: str, answer: str | None = "1") -> None:
@@ -54,7 +55,7 @@ def root(tmp_path, monkeypatch):
         "01_first",
         'profile_name = "smoke"\nlr = 0.1\nsteps = 3\nfast = True',
         "import logging, os, sys\nprint('kernel', sys.executable, profile_name, lr, steps, fast)\n"
-        "logging.getLogger('tlmc.training.finetune').info('epoch 1/2')",
+        "logging.getLogger('tlmc.training.fine_tuning').info('epoch 1/2')",
         answer="lr * steps",
     )
     write_notebook(tmp_path / "notebooks", "02_second", "seed = 0", answer="seed")

@@ -16,14 +16,17 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-import tlmc.parameters
-from tlmc import cli, potentials, provenance, runs, sweeps
+import tlmc.study.parameters
+from tlmc import potentials, provenance
+from tlmc.cli import app as cli
 from tlmc.errors import ConfigError, DataError, StudyError
-from tlmc.evaluation import append_records, read_records
+from tlmc.experiments import run as runs
+from tlmc.experiments import sweep as sweeps
+from tlmc.experiments.records import append_records, read_records
+from tlmc.experiments.run import Run
 from tlmc.files import WRITTEN_LIST, write_json, write_text
 from tlmc.paths import project_root
-from tlmc.profiles import notebook_defaults
-from tlmc.runs import Run
+from tlmc.study.profiles import notebook_defaults
 
 # nbformat and the kernel's sockets warn about things outside this package
 pytestmark = [
@@ -130,7 +133,7 @@ class TestPlan:
         for run in sweeps.read_sweep(description)[1]:
             # the notebook's own cell, with what papermill puts before it
             scope = notebook_defaults(NOTEBOOK) | files[run.slug]
-            scope |= {"parameters": tlmc.parameters, "runs": runs, "potentials": potentials, "yaml": yaml}
+            scope |= {"parameters": tlmc.study.parameters, "runs": runs, "potentials": potentials, "yaml": yaml}
             exec(source, scope)
             assert scope["run"] == run
             assert scope["profile_name"] == "trial"
@@ -192,11 +195,11 @@ class TestProgramHash:
         if not package.exists():
             subprocess.run(["cp", "-r", str(provenance.PACKAGE_DIR), str(package)], check=True)
         monkeypatch.setattr(provenance, "PACKAGE_DIR", package)
-        before = provenance.program_hash("tlmc.runs")
+        before = provenance.program_hash("tlmc.experiments.run")
         text = (package / name).read_text()
         assert old in text
         (package / name).write_text(text.replace(old, new, 1))
-        return provenance.program_hash("tlmc.runs") != before
+        return provenance.program_hash("tlmc.experiments.run") != before
 
     def test_comments_docstrings_and_unreached_modules_do_not_count(self, tmp_path, monkeypatch):
         assert not self.change(tmp_path, monkeypatch, "splits.py", '"""', '"""Anew: ')

@@ -12,18 +12,10 @@ from numpy.random import default_rng
 from potential_references import torchani_energy_and_forces, toy_potential, with_exact_celu
 
 from tlmc.errors import ConfigError, ModelError
-from tlmc.potentials import (
-    THESIS_DONORS,
-    extend,
-    parse_element_map,
-    predict,
-    relabel,
-    scratch,
-    to_torchani,
-    trainable_layers,
-    with_elements,
-)
-from tlmc.reference import ReferenceEnergies
+from tlmc.families.ani import extend, relabel, scratch, to_torchani, trainable_layers
+from tlmc.potentials import predict
+from tlmc.potentials.borrowing import THESIS_DONORS, parse_element_map
+from tlmc.potentials.reference import ReferenceEnergies
 
 
 def test_relabelled_atoms_behave_as_their_donors():

@@ -10,8 +10,8 @@ import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
 
-from tlmc import views
 from tlmc.errors import DataError
+from tlmc.plots import views
 
 
 @pytest.fixture(autouse=True)

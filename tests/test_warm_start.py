@@ -11,14 +11,17 @@ from ase.build import molecule
 from potential_references import toy_potential
 from test_aev import small_cell
 from test_finetune import labelled, quick, same_weights, student
+from tlmc.training.trainer import Trainer
 
+from tlmc.data.splits import split_dataset
 from tlmc.errors import ConfigError
-from tlmc.splits import split_dataset
-from tlmc.training.cache import build_cache
-from tlmc.training.engine import Engine, merge
-from tlmc.training.finetune import _Trainer, finetune, recipe
+from tlmc.families.ani.batch import merge
+from tlmc.families.ani.cache import build_cache
+from tlmc.families.ani.engine import Engine
+from tlmc.families.ani.warm_start import design_matrix, ridge_start
+from tlmc.training.config import recipe
+from tlmc.training.fine_tuning import finetune
 from tlmc.training.loss import batch_loss
-from tlmc.training.warm_start import design_matrix, ridge_start
 
 
 def engine_of(frames, folder, seed=0):
@@ -98,7 +101,7 @@ def test_finetuning_starts_lower_and_resumes(tmp_path, monkeypatch):
     plain, whole = finetune(student(), data, parts, cold), finetune(student(), data, parts, warm)
     assert whole.history["train_loss"][0] < 0.7 * plain.history["train_loss"][0]
     assert whole.run_id != plain.run_id
-    train_epoch = _Trainer.epoch
+    train_epoch = Trainer.epoch
 
     def stop(self, state):
         if state.epoch == 1:
@@ -106,7 +109,7 @@ def test_finetuning_starts_lower_and_resumes(tmp_path, monkeypatch):
         return train_epoch(self, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Trainer, "epoch", stop)
+        patch.setattr(Trainer, "epoch", stop)
         with pytest.raises(KeyboardInterrupt):
             finetune(student(), data, parts, warm, tmp_path / "run", checkpoint_seconds=0.0)
     resumed = finetune(student(), data, parts, warm, tmp_path / "run")

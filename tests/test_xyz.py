@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from argon import argon
 
-from tlmc.datasets import load_dataset, read_frames
+from tlmc.data.loading import load_dataset, read_frames
 from tlmc.errors import DataError
 
 N_FRAMES = 4

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from test_finetune import labelled, quick, student
 
-from tlmc.splits import split_dataset
-from tlmc.training.checkpoint import save_model
+from tlmc.data.splits import split_dataset
+from tlmc.potentials.model_files import save_model
+from tlmc.training.config import FinetuneConfig
 from tlmc.training.distributed import processes
-from tlmc.training.finetune import FinetuneConfig, finetune
+from tlmc.training.fine_tuning import finetune
 
 CASES = {
     "even": {"batch_size": 4, "precision": "float64"},

@@ -16,12 +16,19 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 _CONTENTS = {
-    "tlmc.labelled": ("Dataset",),
-    "tlmc.datasets": ("available", "dataset_from_frames", "load_dataset", "read_frames"),
-    "tlmc.splits": ("Split", "split_dataset"),
-    "tlmc.analysis": ("density", "frame_table", "nearest_neighbours", "outliers", "relative_energies", "summary_table"),
+    "tlmc.data.dataset": ("Dataset",),
+    "tlmc.data.loading": ("available", "dataset_from_frames", "load_dataset", "read_frames"),
+    "tlmc.data.splits": ("Split", "split_dataset"),
+    "tlmc.data.analysis": (
+        "density",
+        "frame_table",
+        "nearest_neighbours",
+        "outliers",
+        "relative_energies",
+        "summary_table",
+    ),
     "tlmc.labelling": ("LabelReport", "Method", "build", "label", "method", "perturb", "relax", "screen"),
-    "tlmc.reference": ("ReferenceEnergies", "fit_reference"),
+    "tlmc.potentials.reference": ("ReferenceEnergies", "fit_reference"),
     "tlmc.potentials": (
         "Potential",
         "TlmcCalculator",
@@ -44,9 +51,9 @@ _CONTENTS = {
         "save_model",
     ),
     "tlmc.evaluation": ("append_records", "comparison_table", "evaluate", "per_frame", "read_records"),
-    "tlmc.experiments": ("Experiment", "run_experiment", "run_recipes"),
-    "tlmc.outcomes": ("write_metrics",),
-    "tlmc.study": ("run_study",),
+    "tlmc.experiments.experiment": ("Experiment", "run_experiment", "run_recipes"),
+    "tlmc.study.outcomes": ("write_metrics",),
+    "tlmc.study.runner": ("run_study",),
 }
 _MODULE_OF = {name: module for module, names in _CONTENTS.items() for name in names}
 __all__ = sorted(_MODULE_OF)

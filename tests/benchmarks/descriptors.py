@@ -32,7 +32,7 @@ from ase import Atoms
 from ase.build import bulk
 
 from tlmc import paths
-from tlmc.datasets import load_dataset
+from tlmc.data.loading import load_dataset
 from tlmc.descriptors import SOAP, EwaldMatrix, SymmetryFunctions
 from tlmc.files import write_json
 from tlmc.provenance import git_revision, package_versions

@@ -41,17 +41,20 @@ from ase import Atoms
 from torch import Tensor
 
 from tlmc import paths
-from tlmc.datasets import load_dataset
+from tlmc.data.dataset import Dataset
+from tlmc.data.loading import load_dataset
+from tlmc.data.splits import split_dataset
+from tlmc.families.ani import to_torchani
+from tlmc.families.ani.batch import merge
+from tlmc.families.ani.cache import build_cache
+from tlmc.families.ani.compiled_sweeps import kernels
+from tlmc.families.ani.engine import Engine
+from tlmc.families.ani.model import Potential
 from tlmc.files import write_json
-from tlmc.labelled import Dataset
-from tlmc.potentials import TlmcCalculator, load_start_model, to_torchani
-from tlmc.potentials.model import Potential
+from tlmc.potentials import TlmcCalculator, load_start_model
 from tlmc.provenance import git_revision, package_versions
-from tlmc.splits import split_dataset
-from tlmc.training.cache import build_cache
-from tlmc.training.engine import Engine, merge
-from tlmc.training.finetune import finetune, recipe
-from tlmc.training.kernels import kernels
+from tlmc.training.config import recipe
+from tlmc.training.fine_tuning import finetune
 from tlmc.training.loss import batch_loss
 from tlmc.training.optimizer import Update
 from tlmc.units import HARTREE

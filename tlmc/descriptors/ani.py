@@ -13,8 +13,9 @@ import torch
 from ase.data import atomic_numbers, chemical_symbols
 from torch import Tensor
 
-from tlmc.descriptors.aev import BLOCK, AEVParameters, Neighbours, aev, aev_jacobian
+from tlmc.descriptors.aev import BLOCK, AEVParameters, aev, aev_jacobian
 from tlmc.descriptors.base import Environments, LocalDescriptor, SparseJacobian, atomic_number
+from tlmc.descriptors.pairs import Neighbours
 
 ANI_2X_SPECIES = ("H", "C", "N", "O", "S", "F", "Cl")
 """The elements of ANI-2x, in the order of its channels."""

@@ -20,7 +20,8 @@ from ase.data import atomic_numbers, chemical_symbols
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tlmc.descriptors.aev import BLOCK, BlockJacobian, pair_list
+from tlmc.descriptors.aev import BLOCK, BlockJacobian
+from tlmc.descriptors.pairs import pair_list
 from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError
 

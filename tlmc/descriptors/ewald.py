@@ -24,8 +24,8 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from tlmc.descriptors.aev import neighbours
 from tlmc.descriptors.matrices import MatrixDescriptor, Ordering, ordered
+from tlmc.descriptors.pairs import neighbours
 from tlmc.errors import ConfigError, DataError
 
 

@@ -10,7 +10,7 @@ matrix. For two elements n1 and n2 run over the functions of both (cross-species
 
 Coefficients are sums over neighbours of products of a radial and an angular factor, so they are matrix products: one
 per centre, element and degree. Derivatives are written out: ``dc`` of every neighbour, then ``dp = dc c + c dc``. Where
-nothing is to be differentiated, compiled loops do the same several times faster (:mod:`tlmc.descriptors.kernels`).
+nothing is to be differentiated, compiled loops do the same several times faster (:mod:`tlmc.descriptors.compiled_sums`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from tlmc.descriptors import kernels
+from tlmc.descriptors import compiled_sums
 from tlmc.descriptors.base import Environments, LocalDescriptor, SparseJacobian, chunks
 from tlmc.descriptors.harmonics import (
     degrees,
@@ -157,7 +157,7 @@ class SOAP(LocalDescriptor):
 
         Shape ``(n_centres, n_features)``, or ``(n_structures, n_features)`` if averaged.
         """
-        if kernels.can_serve(environments):
+        if compiled_sums.can_serve(environments):
             return self._compiled_values(environments)
         if self.average == "inner":
             return self._spectrum(_mean(self._all_coefficients(environments), environments))
@@ -184,7 +184,7 @@ class SOAP(LocalDescriptor):
 
     def dense_jacobian(self, environments: Environments) -> Tensor:
         """Return the derivatives with respect to all atoms; see the base class."""
-        if self.averaged or not kernels.can_serve(environments):
+        if self.averaged or not compiled_sums.can_serve(environments):
             return super().dense_jacobian(environments)
         # an entry for every atom, also for those that are too far away
         n_rows, n_pairs, n_atoms = len(environments.species), len(environments.centre), sum(environments.sizes)
@@ -194,9 +194,9 @@ class SOAP(LocalDescriptor):
         values = self._sums(environments).slopes((0, n_rows, 0, n_pairs), *entries)
         return values.view(n_rows, n_atoms, -1, 3).transpose(1, 2)
 
-    def _sums(self, environments: Environments) -> kernels.SoapSums:
+    def _sums(self, environments: Environments) -> compiled_sums.SoapSums:
         r_cut = self.r_cut if self.cutoff == "cosine" else 0.0
-        return kernels.SoapSums(environments, len(self.species), self.n_features, self.radial, r_cut)
+        return compiled_sums.SoapSums(environments, len(self.species), self.n_features, self.radial, r_cut)
 
     def _compiled_values(self, environments: Environments) -> Tensor:
         rows = None
@@ -309,7 +309,7 @@ class SOAP(LocalDescriptor):
     def _jacobian_chunks(self, environments: Environments) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield rows, atoms and derivatives of the spectra, chunk by chunk."""
         n_atoms = sum(environments.sizes)
-        sums = self._sums(environments) if kernels.can_serve(environments) else None
+        sums = self._sums(environments) if compiled_sums.can_serve(environments) else None
         # compiled, rows that are kept are computed at once; those that are averaged need not all be held
         size = PLACES_AT_ONCE // 2 if sums is None or self.averaged else max(len(environments.centre), 1)
         for bounds in chunks(environments, size):

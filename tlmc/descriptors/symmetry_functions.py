@@ -11,7 +11,7 @@ vectors ``v_j`` (length ``d_j``) and ``d_jk = |v_j - v_k|`` has
 **Each pair of neighbours counts once**, as in DScribe. Behler's sum runs over all j and all k, and is twice as large.
 ``eta = 0, r_s = 0`` makes G2 the sum of the cutoffs, which Behler calls G1.
 
-Values that are not to be differentiated come from compiled loops (:mod:`tlmc.descriptors.kernels`).
+Values that are not to be differentiated come from compiled loops (:mod:`tlmc.descriptors.compiled_sums`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tlmc.descriptors import kernels
+from tlmc.descriptors import compiled_sums
 from tlmc.descriptors.base import Environments, LocalDescriptor, SparseJacobian, chunks, gather_slopes
 from tlmc.errors import ConfigError
 
@@ -125,9 +125,11 @@ class SymmetryFunctions(LocalDescriptor):
 
     def values(self, environments: Environments) -> Tensor:
         """Return the functions, ``(n_centres, n_features)``, differentiable (twice) in ``environments.vectors``."""
-        if kernels.can_serve(environments):
+        if compiled_sums.can_serve(environments):
             functions = self._radial_constants, self._angular_constants, len(self.angular)
-            return kernels.symmetry_values(environments, len(self.species), self.n_features, self.r_cut, *functions)
+            return compiled_sums.symmetry_values(
+                environments, len(self.species), self.n_features, self.r_cut, *functions
+            )
         distances = torch.linalg.vector_norm(environments.vectors, dim=1)
         cutoff, _ = _cosine_cutoff(distances, self.r_cut)
         n_centres, n_species = len(environments.species), len(self.species)

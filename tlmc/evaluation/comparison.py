@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tlmc.equality import equal_by_content
 from tlmc.evaluation.metrics import Metric, by_kind, evaluate
-from tlmc.evaluation.records import rows_from_metrics
-from tlmc.potentials.calculator import Predictions, predict
-from tlmc.reference import fit_reference
+from tlmc.experiments.records import rows_from_metrics
+from tlmc.potentials.calculator import predict
+from tlmc.potentials.model import Predictions
+from tlmc.potentials.reference import fit_reference
 
 if TYPE_CHECKING:
-    from tlmc.labelled import Dataset
+    from tlmc.data.dataset import Dataset
+    from tlmc.data.splits import Split
     from tlmc.potentials.model import Potential
-    from tlmc.splits import Split
 
 Part = Literal["train", "validation", "test"]
 

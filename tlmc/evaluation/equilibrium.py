@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from tlmc.data.geometry import frame_hash
 from tlmc.errors import DataError
 from tlmc.evaluation.metrics import per_frame
-from tlmc.geometry import frame_hash
 
 if TYPE_CHECKING:
-    from tlmc.labelled import Dataset
-    from tlmc.potentials.calculator import Predictions
+    from tlmc.data.dataset import Dataset
+    from tlmc.potentials.model import Predictions
 
 
 def error_against_equilibrium(

@@ -10,7 +10,7 @@ from ase import Atoms
 
 from tlmc.evaluation.metrics import Metric
 from tlmc.potentials.calculator import predict
-from tlmc.reference import fit_reference
+from tlmc.potentials.reference import fit_reference
 
 if TYPE_CHECKING:
     from tlmc.potentials.model import Potential

@@ -18,8 +18,8 @@ from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from tlmc.labelled import Dataset
-    from tlmc.potentials.calculator import Predictions
+    from tlmc.data.dataset import Dataset
+    from tlmc.potentials.model import Predictions
 
 Array = NDArray[np.float64]
 

@@ -19,8 +19,8 @@ from scipy.stats import kendalltau, spearmanr
 from tlmc.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from tlmc.labelled import Dataset
-    from tlmc.potentials.calculator import Predictions
+    from tlmc.data.dataset import Dataset
+    from tlmc.potentials.model import Predictions
 
 LABELS: Final = "labels"
 """Column of the labelled energies."""

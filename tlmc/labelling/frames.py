@@ -59,7 +59,7 @@ def template(frame: Atoms) -> Atoms:
 
 def work_key(frame: Atoms, words: str) -> str:
     """Return the name under which work on a geometry is kept; ``words`` tell what work, and what else it depends on."""
-    from tlmc.geometry import frame_hash
+    from tlmc.data.geometry import frame_hash
 
     return hashlib.sha256((frame_hash(frame) + words).encode()).hexdigest()[:24]
 

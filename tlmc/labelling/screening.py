@@ -54,9 +54,9 @@ def screen(
         Atoms of different molecules closer than this times the sum of van der Waals radii overlap; so do any two
         closer than 0.65 times the sum of covalent radii.
     duplicate_tolerance
-        See `tlmc.geometry.duplicate_groups`, Angstrom.
+        See `tlmc.data.geometry.duplicate_groups`, Angstrom.
     """
-    from tlmc.geometry import duplicate_groups
+    from tlmc.data.geometry import duplicate_groups
 
     bonded = Counter(find_bonds(reference, bond_factor).pairs())
     copy_of = duplicate_groups(frames, duplicate_tolerance)

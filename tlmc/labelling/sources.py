@@ -110,7 +110,7 @@ def _pyxtal_cif(name: str) -> Path:
 
 
 def _read_file(path: Path) -> Atoms:
-    from tlmc.datasets import read_frames
+    from tlmc.data.loading import read_frames
 
     with warnings.catch_warnings():
         # the symmetry operations listed in the file are used, so the setting it names is not needed

@@ -14,8 +14,8 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 
+from tlmc.data.dataset import CHARGE_WORDS, MULTIPLICITY_WORDS, SPIN_WORDS, UNPAIRED_WORDS, key_word
 from tlmc.errors import ConfigError, DataError
-from tlmc.labelled import CHARGE_WORDS, MULTIPLICITY_WORDS, SPIN_WORDS, UNPAIRED_WORDS, key_word
 
 _STATE_WORDS = frozenset(CHARGE_WORDS + MULTIPLICITY_WORDS + UNPAIRED_WORDS + SPIN_WORDS)
 
@@ -51,7 +51,7 @@ def state_of(frame: Atoms, where: str) -> State:
     Parameters
     ----------
     frame
-        ``info`` may hold any of the keys of `tlmc.labelled`, however they are written; atoms may have initial charges
+        ``info`` may hold any of the keys of `tlmc.data.dataset`, however they are written; atoms may have initial charges
         and initial magnetic moments, which then count with their sums.
     where
         Begin of error messages, ``"frame 3"``.

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from tlmc.data.splits import shrunk
 from tlmc.networks.atomistic import AtomisticNetwork, Output
 from tlmc.networks.behler_parrinello import BehlerParrinelloNetwork
 from tlmc.networks.deep_tensor import DeepTensorNetwork
@@ -30,7 +31,6 @@ from tlmc.networks.optimizers import (
     RMSProp,
     Subgradient,
 )
-from tlmc.splits import shrunk
 
 __all__ = [
     "ACTIVATIONS",

@@ -18,10 +18,10 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
+from tlmc.data.dataset import Dataset
 from tlmc.descriptors.base import LocalDescriptor
 from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError
-from tlmc.labelled import Dataset
 from tlmc.networks.atomistic import AtomisticNetwork, Output, sum_by_structure
 from tlmc.networks.mlp import MLP, ActivationName
 

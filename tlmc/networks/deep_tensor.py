@@ -31,7 +31,7 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from tlmc.descriptors.aev import neighbours
+from tlmc.descriptors.pairs import neighbours
 from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError
 from tlmc.networks.atomistic import AtomisticNetwork, Output, sum_by_structure

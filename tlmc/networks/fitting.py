@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from tlmc.data.dataset import Dataset
+from tlmc.data.splits import Split, shrunk
 from tlmc.equality import equal_by_content
 from tlmc.errors import DataError, ModelError
 from tlmc.evaluation.metrics import evaluate
-from tlmc.labelled import Dataset
 from tlmc.networks.atomistic import AtomisticNetwork, P
 from tlmc.networks.optimizers import AdamW
 from tlmc.progress import watched
-from tlmc.splits import Split, shrunk
 from tlmc.training.divergence import Guard, force_rms
 from tlmc.training.interrupts import heeded, interrupted
 from tlmc.training.loss import batch_loss

@@ -21,7 +21,7 @@ from tlmc.plots.data import (
 )
 from tlmc.plots.descriptors import density_map, function_family, heat_map, invariance, speed_ratios
 from tlmc.plots.errors import error_against_force, error_by_element, parity, parity_grid, residual_histogram
-from tlmc.plots.kernels import (
+from tlmc.plots.kernel_methods import (
     atom_energies,
     calibration,
     covariance_matrix,

@@ -39,7 +39,7 @@ def setting_ratios(table: pd.DataFrame, ax: Axes | None = None, *, quantity: Qua
     Parameters
     ----------
     table
-        As :func:`tlmc.ablations.table` returns it. Ratios are taken seed by seed; bars are their standard deviation.
+        As :func:`tlmc.thesis.ablations.table` returns it. Ratios are taken seed by seed; bars are their standard deviation.
     ax
         Where to draw.
     quantity
@@ -97,7 +97,7 @@ def error_against_value(
     Parameters
     ----------
     table
-        As :func:`tlmc.ablations.table` returns it. The recipe as it is becomes a dashed line if it has no place among
+        As :func:`tlmc.thesis.ablations.table` returns it. The recipe as it is becomes a dashed line if it has no place among
         the numbers.
     ax
         Where to draw.
@@ -157,7 +157,7 @@ def drift_against_error(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     Parameters
     ----------
     table
-        As :func:`tlmc.ablations.table` returns it, or several tables of one data set one below the other.
+        As :func:`tlmc.thesis.ablations.table` returns it, or several tables of one data set one below the other.
     ax
         Where to draw.
 

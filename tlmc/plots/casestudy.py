@@ -28,8 +28,8 @@ from tlmc.plots.style import (
 )
 
 if TYPE_CHECKING:
-    from tlmc.labelled import Dataset
-    from tlmc.potentials.calculator import Predictions
+    from tlmc.data.dataset import Dataset
+    from tlmc.potentials.model import Predictions
 
 _DISTANCES: Final = {
     "energy_above_lowest": ("energy above lowest (meV/atom)", 1000.0),
@@ -180,7 +180,7 @@ def shared_models(table: pd.DataFrame) -> Figure:
     Parameters
     ----------
     table
-        As :meth:`tlmc.casestudy.CaseStudy.shared` returns; seeds are averaged, their range is drawn as a line.
+        As :meth:`tlmc.thesis.casestudy.CaseStudy.shared` returns; seeds are averaged, their range is drawn as a line.
 
     Raises
     ------
@@ -217,7 +217,7 @@ def energy_errors(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     Parameters
     ----------
     table
-        As :func:`tlmc.casestudy.against_literature` returns.
+        As :func:`tlmc.thesis.casestudy.against_literature` returns.
     ax
         Where to draw.
 

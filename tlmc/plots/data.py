@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from tlmc.analysis import DescriptorMap, density, relative_energies
-from tlmc.analysis import outliers as find_outliers
+from tlmc.data.analysis import DescriptorMap, density, relative_energies
+from tlmc.data.analysis import outliers as find_outliers
 from tlmc.errors import DataError
 from tlmc.evaluation.metrics import frame_force_rms
 from tlmc.plots.style import (
@@ -32,8 +32,8 @@ from tlmc.plots.style import (
 )
 
 if TYPE_CHECKING:
-    from tlmc.labelled import Dataset
-    from tlmc.splits import Split
+    from tlmc.data.dataset import Dataset
+    from tlmc.data.splits import Split
 
 
 @styled
@@ -189,7 +189,7 @@ def outliers(
 
 @styled
 def force_outliers(dataset: Dataset, ax: Axes | None = None, *, n_sd: float = 5.0, n_named: int = 8) -> Axes:
-    """Draw the length of every force against the number of its frame, those of `tlmc.analysis.outliers` marked.
+    """Draw the length of every force against the number of its frame, those of `tlmc.data.analysis.outliers` marked.
 
     Parameters
     ----------
@@ -220,7 +220,7 @@ def neighbour_distances(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     Parameters
     ----------
     table
-        As :func:`tlmc.analysis.nearest_neighbours` returns.
+        As :func:`tlmc.data.analysis.nearest_neighbours` returns.
     ax
         Where to draw; by default a figure whose height grows with the number of pairs.
 
@@ -299,7 +299,7 @@ def descriptor_map(
     Parameters
     ----------
     mapped
-        As :func:`tlmc.analysis.descriptor_map` returns, of at least two components.
+        As :func:`tlmc.data.analysis.descriptor_map` returns, of at least two components.
     ax
         Where to draw.
     groups

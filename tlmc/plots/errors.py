@@ -35,8 +35,8 @@ from tlmc.plots.style import (
 )
 
 if TYPE_CHECKING:
-    from tlmc.labelled import Dataset
-    from tlmc.potentials.calculator import Predictions
+    from tlmc.data.dataset import Dataset
+    from tlmc.potentials.model import Predictions
 
 Array = NDArray[np.float64]
 Quantity = Literal["force", "force_component", "energy"]

@@ -176,7 +176,7 @@ def error_against_time(
     Parameters
     ----------
     table
-        As :func:`tlmc.experiments.convergence` returns it.
+        As :func:`tlmc.experiments.experiment.convergence` returns it.
     ax
         Where to draw.
     quantity
@@ -220,7 +220,7 @@ def error_against_time_panels(table: pd.DataFrame) -> Figure:
     Parameters
     ----------
     table
-        As :func:`tlmc.experiments.convergence` returns it, every ``dataset`` with the same settings.
+        As :func:`tlmc.experiments.experiment.convergence` returns it, every ``dataset`` with the same settings.
 
     Raises
     ------

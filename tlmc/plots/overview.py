@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tlmc.analysis import packings
+from tlmc.data.analysis import packings
 from tlmc.errors import DataError
 from tlmc.plots.data import density_landscape, descriptor_map, energy_histogram, force_histogram
 from tlmc.plots.style import COLUMN, styled, subplots
 
 if TYPE_CHECKING:
-    from tlmc.analysis import DescriptorMap
-    from tlmc.labelled import Dataset
-    from tlmc.splits import Split
+    from tlmc.data.analysis import DescriptorMap
+    from tlmc.data.dataset import Dataset
+    from tlmc.data.splits import Split
 
 
 @styled
@@ -27,7 +27,7 @@ def sets_overview(datasets: Sequence[Dataset]) -> Figure:
     Parameters
     ----------
     datasets
-        Sets of crystals; isolated molecules are left out. Where a file names no packings (`tlmc.analysis.packings`),
+        Sets of crystals; isolated molecules are left out. Where a file names no packings (`tlmc.data.analysis.packings`),
         the origin it gives (``info["group"]``) takes their place.
 
     Raises
@@ -64,7 +64,7 @@ def sets_coverage(datasets: Sequence[Dataset], maps: Sequence[DescriptorMap], sp
     datasets
         Sets of crystals, without isolated molecules.
     maps, splits
-        Of each set: as `tlmc.analysis.descriptor_map` returns, fitted on the training part, and the parts. Colours are
+        Of each set: as `tlmc.data.analysis.descriptor_map` returns, fitted on the training part, and the parts. Colours are
         those of the packings in :func:`sets_overview`; the panels' axes have units of their own.
 
     Raises

@@ -1,46 +1,28 @@
-"""Start models, what fine-tuning may change in them, and what they compute."""
+"""What every potential is and can do, whatever its family: start models, energies and forces, files."""
 
 from __future__ import annotations
 
-from tlmc.potentials.average import average
-from tlmc.potentials.calculator import Predictions, TlmcCalculator, energy_spread, member_energies, predict
-from tlmc.potentials.export import export_state_dict, to_torchani
-from tlmc.potentials.model import Layer, Potential
-from tlmc.potentials.pretrained import load_start_model, reachable, start_models, weights_path
-from tlmc.potentials.transfer import (
-    THESIS_DONORS,
-    Borrowing,
-    enrich,
-    extend,
-    parse_element_map,
-    relabel,
-    scratch,
-    trainable_layers,
-    with_elements,
-)
+from tlmc.potentials.borrowing import THESIS_DONORS, Borrowing, parse_element_map
+from tlmc.potentials.calculator import TlmcCalculator, predict
+from tlmc.potentials.model import Potential, Predictions
+from tlmc.potentials.model_files import load_model, save_model
+from tlmc.potentials.reference import ReferenceEnergies, fit_reference
+from tlmc.potentials.start_models import load_start_model, reachable, start_models, weights_path
 
 __all__ = [
     "THESIS_DONORS",
     "Borrowing",
-    "Layer",
     "Potential",
     "Predictions",
+    "ReferenceEnergies",
     "TlmcCalculator",
-    "average",
-    "energy_spread",
-    "enrich",
-    "export_state_dict",
-    "extend",
+    "fit_reference",
+    "load_model",
     "load_start_model",
-    "member_energies",
     "parse_element_map",
     "predict",
     "reachable",
-    "relabel",
-    "scratch",
+    "save_model",
     "start_models",
-    "to_torchani",
-    "trainable_layers",
     "weights_path",
-    "with_elements",
 ]

@@ -14,16 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tlmc.arguments import checked
-from tlmc.descriptors.aev import Neighbours, aev, aev_backward, aev_terms, neighbours
+from tlmc.data.dataset import CHARGE_WORDS, MULTIPLICITY_WORDS, UNPAIRED_WORDS, key_word
+from tlmc.descriptors.pairs import Neighbours, neighbours
 from tlmc.devices import find_device
-from tlmc.equality import equal_by_content
-from tlmc.errors import DataError, ModelError
-from tlmc.labelled import CHARGE_WORDS, MULTIPLICITY_WORDS, UNPAIRED_WORDS, key_word
-from tlmc.potentials.model import Layer, Potential
-from tlmc.potentials.network import backward, forward
+from tlmc.errors import DataError
+from tlmc.potentials.model import Evaluator, Potential, Predictions
 
 _LOG = logging.getLogger(__name__)
-_CPU = torch.device("cpu")
 _NEUTRAL = "the model knows neutral structures without unpaired electrons only, and answers as for such a one"
 
 OVERLAP = 0.1
@@ -33,19 +30,7 @@ CLOSE = 0.6
 _HOLE = f"closer than {CLOSE} A the descriptor hardly sees a neighbour, and energies fall instead of rising"
 
 
-@equal_by_content
-class Predictions(NamedTuple):
-    """What a model says about some frames."""
-
-    energies: NDArray[np.float64]
-    """eV, shape ``(n_frames,)``, self energies and fitted reference included."""
-    forces: tuple[NDArray[np.float64], ...]
-    """eV/Angstrom, each of shape ``(n_atoms, 3)``."""
-    stresses: tuple[NDArray[np.float64] | None, ...] = ()
-    """eV/Angstrom^3 in ASE's Voigt order (xx, yy, zz, yz, xz, xy), or None for a frame not periodic in 3 directions."""
-
-
-class _Evaluation(NamedTuple):
+class _Result(NamedTuple):
     energies: NDArray[np.float64]
     forces: NDArray[np.float64]
     stress: NDArray[np.float64] | None
@@ -80,9 +65,8 @@ def predict(model: Potential, frames: Sequence[Atoms], device: str | torch.devic
     ConfigError
         If there is no such device.
     """
-    where = find_device(device)
-    networks: dict[tuple[int, ...], _ActiveNetworks] = {}
-    results = [_evaluate(model, frame, f"frame {k}", None, networks, where) for k, frame in enumerate(frames)]
+    evaluator = model.evaluator(find_device(device))
+    results = [_evaluate(model, frame, f"frame {k}", evaluator) for k, frame in enumerate(frames)]
     unusual = [(k, said) for k, frame in enumerate(frames) if (said := _charge_or_spin(frame))]
     if unusual:
         k, said = unusual[0]
@@ -99,53 +83,6 @@ def predict(model: Potential, frames: Sequence[Atoms], device: str | torch.devic
         tuple(result.forces for result in results),
         tuple(result.stress for result in results),
     )
-
-
-@checked
-def member_energies(model: Potential, frame: Atoms) -> NDArray[np.float64]:
-    """Return the energy of a frame according to each member of the ensemble, eV, shape ``(members,)``.
-
-    Only the mean of these numbers is a prediction, unless the members were trained each by itself
-    (:attr:`Potential.committee`); for a spread, use `energy_spread`, which makes sure of that.
-
-    Raises
-    ------
-    ModelError, DataError
-        As in `predict`.
-    """
-    species, pairs = environment(model, frame, "frame")
-    features = aev(model.aev, len(model.symbols), species, pairs)
-    if model.enrichment is not None:
-        features = torch.cat([features, model.enrichment.columns(frame).to(features.dtype)], dim=1)
-    total = torch.zeros(model.members, dtype=torch.float64)
-    for s, rows in _by_species(species):
-        total += forward(model.networks[model.symbols[s]], features[rows])[0].to(torch.float64).sum(1)
-    energies: NDArray[np.float64] = (model.scale * total + model.offsets(frame).sum()).numpy()
-    return energies
-
-
-@checked
-def energy_spread(model: Potential, frames: Sequence[Atoms]) -> NDArray[np.float64]:
-    r"""Return the disagreement of the members, :math:`\sigma / \sqrt{N}` (query by committee; thesis 2.4).
-
-    :math:`\sigma` is the sample standard deviation (``members - 1``) of the energies of a frame of N atoms; dividing by
-    the root of N follows ANI, since independent errors of atoms grow like that.
-
-    Returns
-    -------
-    NDArray
-        eV per root of an atom, shape ``(n_frames,)``.
-
-    Raises
-    ------
-    ModelError
-        If the model has one member, or members that are no committee, as those of a fine-tuned ensemble
-        (:attr:`Potential.committee`), or as in `predict`.
-    """
-    if model.members < 2:
-        raise ModelError(f"{model.name} has {model.members} member: a spread needs an ensemble, e.g. ani2x")
-    model.check_committee()
-    return np.array([member_energies(model, frame).std(ddof=1) / np.sqrt(len(frame)) for frame in frames])
 
 
 class TlmcCalculator(Calculator):
@@ -183,8 +120,8 @@ class TlmcCalculator(Calculator):
         Calculator.__init__(self)
         self.potential = potential
         self.device = find_device(device)
-        self._find = SkinNeighbours(potential.aev.r_cut_radial)
-        self._networks: dict[tuple[int, ...], _ActiveNetworks] = {}
+        self._find = SkinNeighbours(potential.r_cut)
+        self._evaluator = potential.evaluator(self.device)
         self._warned: set[str] = set()
 
     def calculate(
@@ -196,7 +133,7 @@ class TlmcCalculator(Calculator):
         """Evaluate a frame; all properties come out of one sweep (ASE calls this)."""
         Calculator.calculate(self, atoms, properties, system_changes)
         frame = cast(Atoms, self.atoms)
-        result = _evaluate(self.potential, frame, "frame", self._find, self._networks, self.device)
+        result = _evaluate(self.potential, frame, "frame", self._evaluator, self._find)
         if said := _charge_or_spin(frame):
             self._warn(f"{frame.get_chemical_formula()} is not neutral ({said})", _NEUTRAL)
         if result.closest < CLOSE:
@@ -239,7 +176,7 @@ class SkinNeighbours:
         self._list: tuple[Neighbours, Tensor] | None = None
 
     def __call__(self, frame: Atoms, dtype: torch.dtype) -> Neighbours:
-        """Return the pairs within the cutoff, as :func:`tlmc.descriptors.aev.neighbours` does."""
+        """Return the pairs within the cutoff, as :func:`tlmc.descriptors.pairs.neighbours` does."""
         if not self._resembles(frame):
             self._origin, self._list = _geometry(frame), None
             return neighbours(frame, self.r_cut, dtype)
@@ -268,72 +205,23 @@ def _geometry(frame: Atoms) -> Atoms:
     return Atoms(positions=frame.positions, cell=frame.cell, pbc=frame.pbc)
 
 
-class _ActiveNetworks:
-    """Networks of the elements of one frame, first layers without the columns that are zero in it."""
-
-    def __init__(self, model: Potential, present: Sequence[int], device: torch.device) -> None:
-        columns = model.columns(present)
-        self.layers = []
-        for s in present:
-            first, *others = model.networks[model.symbols[s]]
-            layers = (Layer(first.weight[:, columns].contiguous(), first.bias), *others)
-            self.layers.append(tuple(Layer(layer.weight.to(device), layer.bias.to(device)) for layer in layers))
-
-
 def _evaluate(
-    model: Potential,
-    frame: Atoms,
-    label: str,
-    find: SkinNeighbours | None = None,
-    networks: dict[tuple[int, ...], _ActiveNetworks] | None = None,
-    device: torch.device = _CPU,
-) -> _Evaluation:
+    model: Potential, frame: Atoms, label: str, evaluator: Evaluator, find: SkinNeighbours | None = None
+) -> _Result:
     """Return energies of the atoms, forces and stress of one frame."""
-    channels, pairs = environment(model, frame, label, find)
-    # elements that are absent give columns of zeros: number those present, as if the model knew no others
-    present, species = torch.unique(channels, return_inverse=True)
-    n_species, key = len(present), tuple(present.tolist())
-    networks = {} if networks is None else networks
-    if key not in networks:
-        networks[key] = _ActiveNetworks(model, key, device)
-    species, pairs = species.to(device), Neighbours(*(part.to(device) for part in pairs))
-    terms = aev_terms(model.aev, n_species, species, pairs)
-    features, pull_back = aev(model.aev, n_species, species, pairs, terms), None
-    if model.enrichment is not None:
-        columns, pull_back = model.enrichment.columns_and_slopes(frame)
-        features = torch.cat([features, columns.to(features)], dim=1)
-    output = torch.zeros(len(frame), dtype=torch.float64, device=device)
-    gradient = torch.zeros_like(features)
-    for s, rows in _by_species(species):
-        layers = networks[key].layers[s]
-        energies, slopes = forward(layers, features[rows])
-        output[rows] = energies.to(torch.float64).mean(0)
-        gradient[rows] = backward(layers, slopes)
-    # dE/dv of every pair; a pair vector is x_j + shift - x_i
-    own, extra = gradient.split([model.aev.length(n_species), features.shape[1] - model.aev.length(n_species)], dim=1)
-    slope = aev_backward(model.aev, n_species, species, pairs, own.contiguous(), terms).to(torch.float64) * model.scale
-    forces = torch.zeros(len(frame), 3, dtype=torch.float64, device=device)
-    forces.index_add_(0, pairs.centre, slope)
-    forces.index_add_(0, pairs.neighbour, -slope)
-    # a strain e turns every v into (1 + e) v; each pair is listed from both ends, so nothing is counted twice
-    virial = slope.T @ pairs.vectors.to(torch.float64)
-    forces, virial, output = forces.cpu(), virial.cpu(), output.cpu()
-    if pull_back is not None:
-        richer = pull_back(extra.cpu())
-        forces += richer.forces * model.scale
-        virial += richer.virial * model.scale
+    pairs = checked_pairs(model, frame, label, find)
+    offsets = model.offsets(frame)
+    found = evaluator(frame, pairs)
     stress = None
     if frame.pbc.all():
-        stress = (0.5 * (virial + virial.T) / frame.get_volume()).numpy()
+        stress = (0.5 * (found.virial + found.virial.T) / frame.get_volume()).numpy()
         stress = stress[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
-    closest = float(terms.distances.min()) if len(terms.distances) else np.inf
-    return _Evaluation((model.scale * output + model.offsets(frame)).numpy(), forces.numpy(), stress, closest)
+    closest = float(torch.linalg.vector_norm(pairs.vectors, dim=1).min()) if len(pairs.vectors) else np.inf
+    return _Result((found.energies + offsets).numpy(), found.forces.numpy(), stress, closest)
 
 
-def environment(
-    model: Potential, frame: Atoms, label: str, find: SkinNeighbours | None = None
-) -> tuple[Tensor, Neighbours]:
-    """Return network indices and neighbours of a frame that passed the checks.
+def checked_pairs(model: Potential, frame: Atoms, label: str, find: SkinNeighbours | None = None) -> Neighbours:
+    """Return the pairs within the cutoff of a model, for a frame that passed the checks.
 
     Raises
     ------
@@ -342,7 +230,7 @@ def environment(
     """
     if not len(frame):
         raise DataError(f"{label} has no atoms")
-    species = model.species(frame)
+    model.check_elements(frame)
     name = f"{label} ({frame.get_chemical_formula()})"
     for what, values in (("position", frame.positions), ("cell vector", frame.cell.array)):
         wrong = ~np.isfinite(values).all(1)
@@ -359,13 +247,13 @@ def environment(
         height = float(1.0 / np.sqrt(np.linalg.inv(periodic @ periodic.T).diagonal().max()))
         if height < OVERLAP:
             raise DataError(f"{name}: the cell {frame.cell.array.tolist()} is only {height:.3g} A high")
-    pairs = neighbours(frame, model.aev.r_cut_radial, model.dtype) if find is None else find(frame, model.dtype)
+    pairs = neighbours(frame, model.r_cut, model.dtype) if find is None else find(frame, model.dtype)
     if len(pairs.vectors):
         distance, k = torch.linalg.vector_norm(pairs.vectors, dim=1).min(0)
         if distance < OVERLAP:
             i, j = int(pairs.centre[k]), int(pairs.neighbour[k])
             raise DataError(f"{name}: atoms {i} and {j} are {float(distance):.3g} A apart")
-    return species, pairs
+    return pairs
 
 
 def _charge_or_spin(frame: Atoms) -> str:
@@ -389,8 +277,3 @@ def _number(value: Any, usual: float) -> float:
     except (TypeError, ValueError):
         return usual
     return number if np.isfinite(number) else usual
-
-
-def _by_species(species: Tensor) -> list[tuple[int, Tensor]]:
-    """Return every species present with the atoms it has."""
-    return [(int(s), torch.nonzero(species == s).squeeze(1)) for s in species.unique()]

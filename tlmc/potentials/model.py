@@ -1,152 +1,201 @@
-"""A start or fine-tuned model as plain arrays: descriptor constants, stacked networks, reference energies."""
+"""What every potential is, whatever its architecture: energies and forces of frames, elements, files."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
+import numpy as np
 import torch
 from ase import Atoms
+from numpy.typing import NDArray
 from torch import Tensor
 
-from tlmc.descriptors.aev import AEVParameters
-from tlmc.descriptors.enrichment import Enrichment
+from tlmc.descriptors.pairs import Neighbours
 from tlmc.equality import equal_by_content
-from tlmc.errors import ModelError
-from tlmc.reference import ReferenceEnergies
-from tlmc.units import HARTREE
+from tlmc.errors import ConfigError, ModelError
+from tlmc.potentials.reference import ReferenceEnergies
+
+if TYPE_CHECKING:
+    from tlmc.potentials.borrowing import Borrowing
 
 
 @equal_by_content
-class Layer(NamedTuple):
-    """One affine layer of an ensemble, ``z = a @ weight + bias``."""
+class Predictions(NamedTuple):
+    """What a model says about some frames."""
 
-    weight: Tensor
-    """Shape ``(members, n_in, n_out)``."""
-    bias: Tensor
-    """Shape ``(members, 1, n_out)``."""
+    energies: NDArray[np.float64]
+    """eV, shape ``(n_frames,)``, energies of free atoms and fitted reference included."""
+    forces: tuple[NDArray[np.float64], ...]
+    """eV/Angstrom, each of shape ``(n_atoms, 3)``."""
+    stresses: tuple[NDArray[np.float64] | None, ...] = ()
+    """eV/Angstrom^3 in ASE's Voigt order (xx, yy, zz, yz, xz, xy), or None for a frame not periodic in 3 directions."""
 
 
 @equal_by_content
-@dataclass(frozen=True)
-class Potential:
-    """Atomic energies from one small network per element, averaged over the members of an ensemble.
+class Evaluation(NamedTuple):
+    """One frame according to the network of a model; float64, on the processor."""
 
-    ``E = sum_i [ scale * mean_m NN_m(G_i) + self_energy(Z_i) ] + reference``, with ``scale`` the eV per unit of network
-    output (ANI networks speak Hartree) and hidden activations CELU(0.1).
+    energies: Tensor
+    """Of the atoms, eV, without :meth:`Potential.offsets`, shape ``(n_atoms,)``."""
+    forces: Tensor
+    """eV/Angstrom, shape ``(n_atoms, 3)``."""
+    virial: Tensor
+    """Derivative of the energy with respect to a strain, eV, shape ``(3, 3)``, symmetric or not."""
+
+
+Evaluator = Callable[[Atoms, Neighbours], Evaluation]
+"""Evaluates frames with their pairs within :attr:`Potential.r_cut`, and keeps what successive frames share."""
+
+
+class Potential(ABC):
+    """A start or fine-tuned model; a frozen dataclass of its family.
+
+    ``E = sum_i [ network_i + offset(Z_i) ]``: offsets are the energies of free atoms that the family has, if any, and
+    the reference that was fitted on training labels.
     """
 
+    family: ClassVar[str]
+    """Name of the family, which is that of its folder (:mod:`tlmc.potentials.start_models`)."""
+    advice: ClassVar[str] = ""
+    """What to do about an element that it lacks."""
+
     name: str
-    """Start model this one descends from, ``ani2x`` or ``ani2xt``."""
-    symbols: tuple[str, ...]
-    """Elements with descriptor channels, in the order of those channels."""
-    aev: AEVParameters
-    networks: dict[str, tuple[Layer, ...]] = field(repr=False)
-    """Per element of `symbols`, the affine layers from first to last."""
-    self_energies: dict[str, float]
-    """Energy of the free atom per element, eV."""
+    """Start model this one descends from."""
     fingerprint: str
     """SHA-256 that identifies the start model's weights."""
-    element_map: dict[str, str] = field(default_factory=dict)
-    """Borrowed networks, new element -> donor (``{"Si": "C"}``)."""
-    reference: ReferenceEnergies | None = None
+    reference: ReferenceEnergies | None
     """Offset fitted on training labels, added to every energy."""
-    scale: float = HARTREE
-    enrichment: Enrichment | None = None
-    """Columns of another descriptor behind the AEV (:func:`tlmc.potentials.enrich`)."""
-    committee: bool = False
-    """Whether the members were trained each by itself, as those of the published ANI-2x, so that each is a model and
-    their spread means something. A fine-tuning looks at the mean of the members only and ends this."""
 
     @property
-    def n_columns(self) -> int:
-        """Number of inputs of every network."""
-        extra = 0 if self.enrichment is None else self.enrichment.n_columns
-        return self.aev.length(len(self.symbols)) + extra
+    @abstractmethod
+    def elements(self) -> tuple[str, ...]:
+        """Every element the model accepts, borrowed ones included."""
+
+    @property
+    @abstractmethod
+    def r_cut(self) -> float:
+        """Distance in Angstrom up to which it needs to know an atom's neighbours."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
+
+    @property
+    def reach(self) -> float:
+        """Distance in Angstrom up to which the energy of an atom depends on others."""
+        return self.r_cut
+
+    @property
+    def n_weights(self) -> int:
+        """Number of weights."""
+        return sum(tensor.numel() for tensor in self.tensors().values())
+
+    @property
+    def committee(self) -> bool:
+        """Whether its members are models of their own, whose spread means something."""
+        return False
 
     @property
     def members(self) -> int:
         """Number of ensemble members."""
-        return int(next(iter(self.networks.values()))[0].weight.shape[0])
+        return 1
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the weights."""
-        return next(iter(self.networks.values()))[0].weight.dtype
+    def element_map(self) -> Mapping[str, str]:
+        """Borrowed elements, new element -> donor."""
+        return {}
 
-    @property
-    def elements(self) -> tuple[str, ...]:
-        """Every element the model accepts, borrowed ones included."""
-        return self.symbols + tuple(e for e in self.element_map if e not in self.symbols)
+    @abstractmethod
+    def evaluator(self, device: torch.device) -> Evaluator:
+        """Return what evaluates frames on a device."""
 
-    def check_committee(self) -> None:
-        """Refuse an ensemble whose members are no models of their own; a single network passes.
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all weights by name, and whatever else a model file keeps as tensors."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """Return all that is not a tensor as plain JSON types."""
+
+    @classmethod
+    @abstractmethod
+    def from_json(cls, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """Put a model together again.
 
         Raises
         ------
-        ModelError
-            If there are several members, and they are not known to have been trained each by itself.
+        ModelError, KeyError, IndexError, TypeError, ValueError, AttributeError
+            If something is missing, or not what `to_json` and `tensors` give.
         """
-        if self.members > 1 and not self.committee:
-            raise ModelError(
-                f"the {self.members} members of this model, which descends from {self.name}, are no committee: they "
-                "were trained or put together so that only their mean is a prediction, and their spread says nothing "
-                "about its error; take the published ani2x, or models trained one by one, "
-                "predict_committee([one, other])"
-            )
 
-    def columns(self, present: Sequence[int]) -> Tensor:
-        """Return the inputs that can differ from zero where only these networks' elements occur, ascending, int64."""
-        own = self.aev.columns(list(present), len(self.symbols))
-        return torch.cat([own, torch.arange(self.aev.length(len(self.symbols)), self.n_columns)])
-
-    def to(self, dtype: torch.dtype) -> Potential:
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> Self:
         """Return a copy with weights in another precision."""
-        networks = {
-            symbol: tuple(Layer(layer.weight.to(dtype), layer.bias.to(dtype)) for layer in layers)
-            for symbol, layers in self.networks.items()
-        }
-        return dataclasses.replace(self, networks=networks)
 
-    def with_reference(self, reference: ReferenceEnergies | None) -> Potential:
+    def with_reference(self, reference: ReferenceEnergies | None) -> Self:
         """Return a copy that adds these reference energies."""
-        return dataclasses.replace(self, reference=reference)
+        return dataclasses.replace(self, reference=reference)  # type: ignore[type-var]
 
-    def species(self, frame: Atoms) -> Tensor:
-        """Return the network index of every atom of a frame, shape ``(n_atoms,)``, borrowed elements mapped.
+    def with_elements(self, mapping: Mapping[str, str], borrowing: Borrowing = "relabel") -> Self:
+        """Return a copy in which new elements borrow from those that the model knows; an empty mapping changes nothing.
+
+        Parameters
+        ----------
+        mapping
+            New element to donor.
+        borrowing
+            How they borrow.
 
         Raises
         ------
         ModelError
-            If the frame holds an element with neither a network nor a donor; the sentence counts them.
+            If the family has no way to borrow, a new element is none or known already, or a donor is unknown.
+        ConfigError
+            If there is no such way to borrow.
         """
-        index = {symbol: i for i, symbol in enumerate(self.symbols)}
-        index |= {new: index[donor] for new, donor in self.element_map.items()}
-        symbols = frame.get_chemical_symbols()
-        missing = Counter(symbol for symbol in symbols if symbol not in index)
+        if borrowing not in ("relabel", "extend"):
+            raise ConfigError(f"borrowing must be relabel or extend, got {borrowing!r}")
+        if mapping:
+            raise ModelError(f"{self.name} cannot let elements borrow from others, as asked for {', '.join(mapping)}")
+        return self
+
+    def check_elements(self, frame: Atoms) -> None:
+        """Make sure that the model knows all elements of a frame.
+
+        Raises
+        ------
+        ModelError
+            If it does not; the sentence counts the atoms.
+        """
+        known = set(self.elements)
+        missing = Counter(symbol for symbol in frame.get_chemical_symbols() if symbol not in known)
         if missing:
             listed = ", ".join(f"{symbol} ({count} atoms)" for symbol, count in sorted(missing.items()))
             raise ModelError(
                 f"{self.name} has no network for {listed} in {frame.get_chemical_formula()}; it knows "
-                f"{', '.join(self.elements)}: map a new element onto one of them, e.g. relabel(model, {{'Si': 'C'}}), "
-                "on the command line --map Si=C"
+                f"{', '.join(self.elements)}{self.advice}"
             )
-        return torch.tensor([index[symbol] for symbol in symbols])
+
+    def free_atoms(self, frame: Atoms) -> Tensor:
+        """Return the energy of the free atom for every atom of a frame, float64 eV, shape ``(n_atoms,)``."""
+        return torch.zeros(len(frame), dtype=torch.float64)
 
     def offsets(self, frame: Atoms) -> Tensor:
-        """Return self energy plus fitted reference of every atom, float64 eV, shape ``(n_atoms,)``.
+        """Return energy of the free atom plus fitted reference of every atom, float64 eV, shape ``(n_atoms,)``.
 
         Raises
         ------
         ModelError
             If the model, or its fitted reference, does not cover an element of the frame.
         """
-        species = self.species(frame)
-        self_energies = torch.tensor([self.self_energies[symbol] for symbol in self.symbols], dtype=torch.float64)
-        total = self_energies[species]
+        self.check_elements(frame)
+        total = self.free_atoms(frame)
         if self.reference is not None:
             fitted, symbols = self.reference.offsets, frame.get_chemical_symbols()
             missing = sorted(set(symbols) - set(fitted))
@@ -155,9 +204,37 @@ class Potential:
                     f"the reference energies of this model were fitted for {', '.join(sorted(fitted))} only, not for "
                     f"{', '.join(missing)} in {frame.get_chemical_formula()}: fit them on frames of this composition"
                 )
-            total += torch.tensor([fitted[symbol] for symbol in symbols], dtype=torch.float64)
+            total = total + torch.tensor([fitted[symbol] for symbol in symbols], dtype=torch.float64)
         return total
 
     def atomic_reference(self, frames: Sequence[Atoms]) -> Tensor:
         """Return `offsets` summed per frame, float64 eV, shape ``(n_frames,)``."""
         return torch.tensor([float(self.offsets(frame).sum()) for frame in frames], dtype=torch.float64)
+
+    def weights_hash(self) -> str:
+        """Return the SHA-256 of all tensors, in the order of :meth:`tensors`."""
+        digest = hashlib.sha256()
+        for tensor in self.tensors().values():
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def check_weights(self, where: str) -> None:
+        """Make sure that no weight is infinite or NaN, as a training that diverges leaves them.
+
+        Parameters
+        ----------
+        where
+            Begins the sentence.
+
+        Raises
+        ------
+        ModelError
+            If one is.
+        """
+        broken = sorted(
+            {name.rpartition(".")[0] or name for name, x in self.tensors().items() if not bool(torch.isfinite(x).all())}
+        )
+        if broken:
+            raise ModelError(
+                f"{where}: {', '.join(broken)} are infinite or NaN, as a training leaves them that diverged"
+            )

@@ -31,13 +31,13 @@ from numpy.random import default_rng
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student
 
-from tlmc.datasets import dataset_from_frames
+from tlmc.data.dataset import Dataset
+from tlmc.data.geometry import frame_hash
+from tlmc.data.loading import dataset_from_frames
 from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError, ModelError
 from tlmc.evaluation.metrics import evaluate, per_frame
 from tlmc.files import write_json
-from tlmc.geometry import frame_hash
-from tlmc.labelled import Dataset
 from tlmc.labelling.frames import content_words
 from tlmc.labelling.identity import settings_of
 from tlmc.labelling.labels import unconverged

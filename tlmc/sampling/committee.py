@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from tlmc.arguments import checked
 from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, ModelError
-from tlmc.potentials.calculator import Predictions, predict
-from tlmc.potentials.model import Layer, Potential
+from tlmc.families.ani.model import AniPotential, Layer
+from tlmc.potentials.calculator import predict
+from tlmc.potentials.model import Potential, Predictions
 
 FloatArray = NDArray[np.float64]
 
@@ -84,7 +85,7 @@ class CommitteePredictions(NamedTuple):
             raise ModelError(f"a spread needs two members or more, got {self.n_members}")
 
 
-def members(model: Potential) -> tuple[Potential, ...]:
+def members(model: AniPotential) -> tuple[AniPotential, ...]:
     """Return the members of an ensemble as models of their own, whose mean the ensemble is.
 
     Parameters
@@ -130,7 +131,9 @@ def predict_committee(models: Potential | Sequence[Potential], frames: Sequence[
     ModelError, DataError
         As `tlmc.potentials.predict`.
     """
-    each = list(members(models) if isinstance(models, Potential) else models)
+    each: list[Potential] = list(
+        members(models) if isinstance(models, AniPotential) else [models] if isinstance(models, Potential) else models
+    )
     if not each:
         raise ModelError("a committee needs members, got none")
     for a, b in combinations(range(len(each)), 2):

@@ -32,16 +32,16 @@ from scipy.linalg import cho_factor, cho_solve
 from scipy.sparse import bsr_array
 from torch import Tensor
 
+from tlmc.data.dataset import Dataset
+from tlmc.data.geometry import frame_hash
 from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError, ModelError
-from tlmc.geometry import frame_hash
-from tlmc.labelled import Dataset
+from tlmc.families.ani.cache import Structure, build_cache
+from tlmc.families.ani.model import AniPotential, Layer
+from tlmc.families.ani.network import CELU_ALPHA
 from tlmc.potentials.calculator import predict
-from tlmc.potentials.model import Layer, Potential
-from tlmc.potentials.network import CELU_ALPHA
-from tlmc.reference import ReferenceEnergies, fit_reference
+from tlmc.potentials.reference import ReferenceEnergies, fit_reference
 from tlmc.sampling.committee import CommitteePredictions, bootstrap
-from tlmc.training.cache import Structure, build_cache
 
 FloatArray = NDArray[np.float64]
 
@@ -79,7 +79,7 @@ class LastLayerCommittee:
 
     def __init__(
         self,
-        model: Potential,
+        model: AniPotential,
         elements: Sequence[str],
         n_members: int = 8,
         lambda_: float = 0.1,
@@ -194,7 +194,7 @@ class LastLayerCommittee:
         forces = tuple((f.start_forces + self.weights_ @ f.forces.T).reshape(self.n_members, -1, 3) for f in features)
         return CommitteePredictions(energies, forces)
 
-    def potentials(self) -> tuple[Potential, ...]:
+    def potentials(self) -> tuple[AniPotential, ...]:
         """Return the members as models, e.g. for `tlmc.potentials.TlmcCalculator`."""
         result = []
         for weights in torch.from_numpy(self.weights_):

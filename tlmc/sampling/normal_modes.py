@@ -25,14 +25,15 @@ from ase.calculators.calculator import BaseCalculator
 from numpy.random import Generator
 from numpy.typing import NDArray
 
+from tlmc.data.geometry import contacts, is_crystal
 from tlmc.descriptors.aev import aev
 from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError
-from tlmc.geometry import contacts, is_crystal
+from tlmc.families.ani.model import AniPotential
+from tlmc.families.ani.network import forward
 from tlmc.labelling.frames import template
-from tlmc.potentials.calculator import TlmcCalculator, environment
+from tlmc.potentials.calculator import TlmcCalculator, checked_pairs
 from tlmc.potentials.model import Potential
-from tlmc.potentials.network import forward
 
 FloatArray = NDArray[np.float64]
 Draw = Literal["thesis", "boltzmann"]
@@ -87,9 +88,11 @@ def hessian(frame: Atoms, calculator: BaseCalculator | Potential, step: float | 
         Of a model, as `exact_hessian`.
     """
     # not of a class derived from it, which may add to the energy
-    if type(calculator) is TlmcCalculator and step is None:
+    if type(calculator) is TlmcCalculator and isinstance(calculator.potential, AniPotential) and step is None:
         calculator = calculator.potential
-    if isinstance(calculator, Potential):
+    if isinstance(calculator, Potential) and not isinstance(calculator, AniPotential):
+        calculator = TlmcCalculator(calculator)
+    if isinstance(calculator, AniPotential):
         if step is not None:
             raise ConfigError("second derivatives of a model are exact and take no step: hand in its TlmcCalculator")
         return exact_hessian(calculator, frame)
@@ -115,7 +118,7 @@ def hessian(frame: Atoms, calculator: BaseCalculator | Potential, step: float | 
     return symmetric
 
 
-def exact_hessian(model: Potential, frame: Atoms) -> FloatArray:
+def exact_hessian(model: AniPotential, frame: Atoms) -> FloatArray:
     """Return second derivatives of a model's energy, to rounding, by differentiating it twice in float64.
 
     Back-propagation through networks and descriptors gives the gradient as a function that can be differentiated again;
@@ -139,7 +142,8 @@ def exact_hessian(model: Potential, frame: Atoms) -> FloatArray:
         As `tlmc.potentials.predict`.
     """
     model = model.to(torch.float64)
-    species, pairs = environment(model, frame, "frame")
+    pairs = checked_pairs(model, frame, "frame")
+    species = model.species(frame)
     positions = torch.tensor(frame.positions, dtype=torch.float64)
     # image shifts are constants: x_j + shift - x_i follows the atoms, several images of one atom included
     shifts = pairs.vectors - (positions[pairs.neighbour] - positions[pairs.centre])

@@ -1,7 +1,7 @@
 """Low-rank updates (LoRA, Hu et al. 2021): the start weights stay, and what is learned is a product of thin matrices.
 
 Every weight matrix is ``W = W_0 + A B`` with ``A`` (n_in, r) and ``B`` (r, n_out), for each member of an ensemble its
-own. The engine gives the exact gradient of the whole ``W``, and the chain rule the rest: ``dA = dW B^T``,
+own. The learner gives the exact gradient of the whole ``W``, and the chain rule the rest: ``dA = dW B^T``,
 ``dB = A^T dW``. Biases, and matrices for which two factors would hold no fewer numbers than the matrix (the output
 layer), learn a plain difference from the start. Weight decay shrinks factors and differences, so here it pulls towards
 the start model instead of towards zero.
@@ -14,14 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tlmc.training.engine import Engine
+from tlmc.training.learner import Learner
 
 
 class _Part(NamedTuple):
-    """One trainable array of the engine and what stands for its change; each entry has its view of the gradient."""
+    """One trainable array of the learner and what stands for its change; each entry has its view of the gradient."""
 
     where: slice
-    """Its place in the engine's flat weights."""
+    """Its place in the learner's flat weights."""
     shape: torch.Size
     change: tuple[Tensor, ...]
     """``(A, B)``, or the plain difference alone."""
@@ -29,7 +29,7 @@ class _Part(NamedTuple):
 
 
 class LowRank:
-    """The factors of one engine's trainable weights, in one flat buffer.
+    """The factors of one learner's trainable weights, in one flat buffer.
 
     ``A`` starts at zero, so that nothing changes before the first step; input columns that are zero in the whole set
     then keep their start weights, as their rows of ``A`` get no gradient. ``B`` starts from N(0, 1/r): a first step of
@@ -37,7 +37,7 @@ class LowRank:
 
     Parameters
     ----------
-    engine
+    learner
         Its weights at this moment are the ones that stay.
     rank
         Columns of ``A``.
@@ -45,17 +45,15 @@ class LowRank:
         Of the start values of ``B``.
     """
 
-    def __init__(self, engine: Engine, rank: int, seed: int) -> None:
-        self._engine = engine
-        self._base = engine.flat.clone()
+    def __init__(self, learner: Learner, rank: int, seed: int) -> None:
+        self._learner = learner
+        self._base = learner.flat.clone()
         shapes, first = [], 0
-        for layers in engine.layers.values():
-            for layer, on in zip(layers, engine.trainable, strict=True):
-                for array in layer if on else ():
-                    shapes.append((slice(first, first + array.numel()), array.shape, _shapes(array.shape, rank)))
-                    first += array.numel()
+        for whole in learner.shapes:
+            shapes.append((slice(first, first + whole.numel()), whole, _shapes(whole, rank)))
+            first += whole.numel()
         size = sum(shape.numel() for _, _, change in shapes for shape in change)
-        self.flat = engine.flat.new_zeros(size)
+        self.flat = learner.flat.new_zeros(size)
         """Factors and differences; an optimiser changes them in place."""
         self.gradient = torch.zeros_like(self.flat)
         """Loss gradient as flat as the factors, see :meth:`pull_back`."""
@@ -76,9 +74,9 @@ class LowRank:
                 B.copy_(torch.randn(B.shape, generator=generator, dtype=torch.float64) / rank**0.5)
 
     def pull_back(self) -> None:
-        """Fill :attr:`gradient` from the engine's gradient of the whole weights."""
+        """Fill :attr:`gradient` from the learner's gradient of the whole weights."""
         for where, shape, change, slope in self._parts:
-            full = self._engine.gradient[where].view(shape)
+            full = self._learner.gradient[where].view(shape)
             if len(change) == 1:
                 slope[0].copy_(full)
                 continue
@@ -87,10 +85,10 @@ class LowRank:
             slope[1].copy_(torch.bmm(A.mT, full))
 
     def push(self) -> None:
-        """Write the weights that the factors stand for into the engine."""
-        self._engine.flat.copy_(self._base)
+        """Write the weights that the factors stand for into the learner."""
+        self._learner.flat.copy_(self._base)
         for where, shape, change, _ in self._parts:
-            weight = self._engine.flat[where].view(shape)
+            weight = self._learner.flat[where].view(shape)
             if len(change) == 1:
                 weight.add_(change[0])
             else:
@@ -98,7 +96,9 @@ class LowRank:
 
 
 def _shapes(shape: torch.Size, rank: int) -> tuple[torch.Size, ...]:
-    """Return the shapes of what stands for the change of an array ``(members, n_in, n_out)``."""
+    """Return the shapes of what stands for the change of an array; only ``(members, n_in, n_out)`` is worth factors."""
+    if len(shape) != 3:
+        return (shape,)
     members, n_in, n_out = shape
     if rank * (n_in + n_out) >= n_in * n_out:
         return (shape,)

@@ -19,9 +19,8 @@ from ase.build import molecule
 from ase.collections import g2
 
 from tlmc.errors import ConfigError
-from tlmc.training.cache import Structure
 from tlmc.training.distributed import Group
-from tlmc.training.engine import Engine, merge
+from tlmc.training.learner import Learner
 from tlmc.training.loss import LossAndSlopes
 
 MoleculePart = Literal["replayed", "held out"]
@@ -84,14 +83,14 @@ def _is_stable(name: str, atoms: Atoms, allowed: set[str]) -> bool:
 
 
 class Replay:
-    """Molecules labelled by the model that an engine holds now, and their part of every step's gradient.
+    """Molecules labelled by the model that a learner holds now, and their part of every step's gradient.
 
     Parameters
     ----------
-    engine
+    learner
         With the start model's weights.
-    structures
-        Descriptors of the molecules, of the engine's cache.
+    molecules
+        Their places among the learner's frames.
     weight
         Of their loss.
     batch_size
@@ -104,28 +103,28 @@ class Replay:
 
     def __init__(
         self,
-        engine: Engine,
-        structures: Sequence[Structure],
+        learner: Learner,
+        molecules: Sequence[int],
         weight: float,
         batch_size: int,
         loss: Callable[..., LossAndSlopes],
         seed: int,
     ) -> None:
-        self._engine, self._structures, self._weight, self._loss, self._seed = engine, structures, weight, loss, seed
-        self._batch_size = min(batch_size, len(structures))
-        self._labels = [engine.energies_forces(merge([structure])) for structure in structures]
+        self._learner, self._molecules, self._weight, self._loss, self._seed = learner, molecules, weight, loss, seed
+        self._batch_size = min(batch_size, len(molecules))
+        self._labels = [learner.energies_forces(learner.batch([index])) for index in molecules]
 
     def add_gradient(self, step: int, group: Group | None = None) -> None:
-        """Add the gradient of the replayed batch of a step, or of this process' share, to the one the engine holds."""
+        """Add the gradient of the replayed batch of a step, or of this process' share, to the one the learner holds."""
         rng = np.random.default_rng([self._seed, step])
-        picked = rng.choice(len(self._structures), self._batch_size, replace=False)
+        picked = rng.choice(len(self._molecules), self._batch_size, replace=False)
         if group is not None:
             picked = group.share(picked)
         if len(picked) == 0:
             return
-        batch = merge([self._structures[i] for i in picked])
+        batch = self._learner.batch([self._molecules[i] for i in picked])
         energies = torch.cat([self._labels[i].energies for i in picked])
         forces = torch.cat([self._labels[i].forces for i in picked])
-        own = self._engine.gradient.clone()
-        self._engine.loss_gradient(batch, energies, forces, partial(self._loss, n_structures=self._batch_size))
-        self._engine.gradient.mul_(self._weight).add_(own)
+        own = self._learner.gradient.clone()
+        self._learner.loss_gradient(batch, energies, forces, partial(self._loss, n_structures=self._batch_size))
+        self._learner.gradient.mul_(self._weight).add_(own)

@@ -1,0 +1,7 @@
+"""The command line ``tlmc``."""
+
+from __future__ import annotations
+
+from tlmc.cli.app import app
+
+__all__ = ["app"]
