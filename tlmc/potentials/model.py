@@ -70,6 +70,10 @@ class Potential(ABC):
     """SHA-256 that identifies the start model's weights."""
     reference: ReferenceEnergies | None
     """Offset fitted on training labels, added to every energy."""
+    element_map: Mapping[str, str]
+    """Borrowed elements, new element -> donor."""
+    committee: bool
+    """Whether its members are models of their own, whose spread means something."""
 
     @property
     @abstractmethod
@@ -97,19 +101,9 @@ class Potential(ABC):
         return sum(tensor.numel() for tensor in self.tensors().values())
 
     @property
-    def committee(self) -> bool:
-        """Whether its members are models of their own, whose spread means something."""
-        return False
-
-    @property
     def members(self) -> int:
         """Number of ensemble members."""
         return 1
-
-    @property
-    def element_map(self) -> Mapping[str, str]:
-        """Borrowed elements, new element -> donor."""
-        return {}
 
     @abstractmethod
     def evaluator(self, device: torch.device) -> Evaluator:

@@ -61,7 +61,7 @@ class AniPotential(Potential):
     """Energy of the free atom per element, eV."""
     fingerprint: str
     """SHA-256 that identifies the start model's weights."""
-    element_map: dict[str, str] = field(default_factory=dict)
+    element_map: Mapping[str, str] = field(default_factory=dict)
     """Borrowed networks, new element -> donor (``{"Si": "C"}``)."""
     reference: ReferenceEnergies | None = None
     """Offset fitted on training labels, added to every energy."""
@@ -190,7 +190,7 @@ class AniPotential(Potential):
             "aev": dataclasses.asdict(self.aev),
             "self_energies": self.self_energies,
             "fingerprint": self.fingerprint,
-            "element_map": self.element_map,
+            "element_map": dict(self.element_map),
             "reference": None if self.reference is None else self.reference.to_json(),
             "scale": self.scale,
             "enrichment": None if self.enrichment is None else self.enrichment.to_json(),

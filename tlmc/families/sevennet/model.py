@@ -54,6 +54,10 @@ class SevenNetPotential(Potential):
     """SHA-256 of the checkpoint it came from."""
     reference: ReferenceEnergies | None = None
     """Offset to the labels' energies."""
+    element_map: Mapping[str, str] = field(default_factory=dict, init=False, repr=False)
+    """Empty: with 89 elements none has to borrow."""
+    committee: bool = field(default=False, init=False, repr=False)
+    """One network is no committee."""
 
     @property
     def elements(self) -> tuple[str, ...]:
