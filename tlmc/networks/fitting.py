@@ -1,33 +1,33 @@
-"""Training of networks of atoms on energies and forces, in minibatches, with our own AdamW."""
+"""Training of networks of atoms on energies and forces, by the trainer of the potentials."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic
+from typing import Any, Generic
 
-import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from tlmc.data.dataset import Dataset
 from tlmc.data.splits import Split, shrunk
 from tlmc.equality import equal_by_content
-from tlmc.errors import DataError, ModelError
+from tlmc.errors import DataError
 from tlmc.evaluation.metrics import evaluate
 from tlmc.networks.atomistic import AtomisticNetwork, P
-from tlmc.networks.optimizers import AdamW
+from tlmc.potentials.model import Potential
 from tlmc.progress import watched
-from tlmc.training.divergence import Guard, force_rms
+from tlmc.training.config import FinetuneConfig
+from tlmc.training.distributed import Group
 from tlmc.training.interrupts import heeded, interrupted
-from tlmc.training.loss import batch_loss
+from tlmc.training.learner import EnergiesForces
+from tlmc.training.torch_learner import ModuleLearner
+from tlmc.training.trainer import Trainer
 
 _LOG = logging.getLogger(__name__)
 
@@ -58,7 +58,8 @@ class FitResult(Generic[P]):
     network: AtomisticNetwork[P]
     history: pd.DataFrame
     """A row per epoch: epoch, lr, train_loss, validation_loss, and of both parts ``<part>_energy_rmse_per_atom``
-    (eV/atom) and ``<part>_force_rmse_vector`` (eV/A), the training ones running while the weights change; seconds."""
+    (eV/atom) and ``<part>_force_rmse_vector`` (eV/A), the training ones running while the weights change; seconds and
+    cpu_seconds."""
 
 
 def fit(
@@ -99,13 +100,22 @@ def fit(
         raise DataError(f"the prepared frames are not those of {dataset.name}")
     network = copy.deepcopy(network)
     network.fit_scales(dataset.subset(split.train), [prepared[k] for k in split.train])
-    targets = torch.from_numpy(dataset.energies) - network.reference(prepared)
-    forces = [torch.from_numpy(force).to(network.dtype) for force in dataset.forces]
-    optimizer = AdamW(list(network.parameters()), lr=config.lr, weight_decay=config.weight_decay)
-    history: list[dict[str, float]] = []
+    targets = dataset.energies - network.reference(prepared).numpy()
+    settings = FinetuneConfig(recipe="fit", schedule="cosine", **config.model_dump())
     with heeded():
+        history: list[dict[str, float]] = []
         try:
-            _train(network, prepared, targets, forces, split, config, optimizer, history)
+            learner = _NetworkLearner(network, prepared)
+            trainer = Trainer(learner, targets, dataset.forces, split, settings, (), Group())
+            state = trainer.blank()
+            history = state.history
+            for epoch in watched(range(config.epochs), "epochs", config.epochs):
+                row = trainer.epoch(state)
+                _LOG.info(
+                    "%s epoch %d/%d: validation F %.3f eV/A, E %.2f meV/atom", type(network).__name__, epoch + 1,
+                    config.epochs, row["validation_force_rmse_vector"], 1e3 * row["validation_energy_rmse_per_atom"],
+                )  # fmt: skip
+            trainer.guard.check_end(history[-1])
         except KeyboardInterrupt as error:
             raise interrupted(
                 error,
@@ -114,48 +124,25 @@ def fit(
     return FitResult(network, pd.DataFrame(history))
 
 
-def _train(
-    network: AtomisticNetwork[P],
-    prepared: Sequence[P],
-    targets: Tensor,
-    forces: Sequence[Tensor],
-    split: Split,
-    config: FitConfig,
-    optimizer: AdamW,
-    history: list[dict[str, float]],
-) -> None:
-    """Change the network epoch by epoch and append a row for each."""
-    weights = list(network.parameters())
-    n_batches = math.ceil(len(split.train) / config.batch_size)
+class _NetworkLearner(ModuleLearner):
+    """A network of atoms and its prepared frames; it trains the network in place."""
 
-    def validate() -> dict[str, float]:
-        sums = _Sums()
-        for chosen in np.array_split(split.validation, math.ceil(len(split.validation) / 16)):
-            sums.add(network, prepared, targets, forces, chosen, config.lambda_, create_graph=False)
-        return sums.means("validation")
+    def __init__(self, network: AtomisticNetwork[Any], prepared: Sequence[Any]) -> None:
+        super().__init__(network, [len(frame.species) for frame in prepared], torch.device("cpu"))
+        self._network, self._prepared = network, prepared
 
-    remedy = f"lower lr ({config.lr})" + (" or set clip_norm" if config.clip_norm is None else "")
-    guard = Guard(validate(), force_rms(forces[k].numpy() for k in split.validation), remedy)
-    for epoch in watched(range(config.epochs), "epochs", config.epochs):
-        began = time.perf_counter()
-        order = np.random.default_rng([config.seed, epoch]).permutation(split.train)
-        train = _Sums()
-        for k in range(n_batches):
-            chosen = order[k * config.batch_size : (k + 1) * config.batch_size]
-            optimizer.lr = config.lr * 0.5 * (1.0 + math.cos(math.pi * optimizer.steps / (config.epochs * n_batches)))
-            loss = train.add(network, prepared, targets, forces, chosen, config.lambda_, create_graph=True)
-            if not math.isfinite(loss.item()):
-                raise ModelError(f"the loss became {loss.item()} in epoch {epoch + 1}: {remedy}")
-            optimizer.step(_clipped(torch.autograd.grad(loss, weights), config.clip_norm))
-        row = {"epoch": float(epoch + 1), "lr": optimizer.lr} | train.means("train") | validate()
-        guard.check_epoch(row, {"weights": torch.nn.utils.parameters_to_vector(weights).detach()})
-        history.append(row | {"seconds": time.perf_counter() - began})
-        _LOG.info(
-            "%s epoch %d/%d: validation F %.3f eV/A, E %.2f meV/atom",
-            type(network).__name__, epoch + 1, config.epochs, history[-1]["validation_force_rmse_vector"],
-            1e3 * history[-1]["validation_energy_rmse_per_atom"],
-        )  # fmt: skip
-    guard.check_end(history[-1])
+    def inputs(self, indices: Sequence[int]) -> list[Any]:
+        """Return some prepared frames."""
+        return [self._prepared[i] for i in indices]
+
+    def outputs(self, inputs: list[Any]) -> EnergiesForces:
+        """Evaluate the network."""
+        output = self._network(inputs, create_graph=self._network.training)
+        return EnergiesForces(output.energies.double(), output.forces)
+
+    def potential(self, flat: Tensor, unseen: float) -> Potential:
+        """Refuse: a teaching network is no potential."""
+        raise TypeError("a network of atoms is returned as it is")
 
 
 def error_over_size(
@@ -202,54 +189,3 @@ def error_over_size(
             wanted = ("energy_rmse_per_atom", "force_rmse_vector")
             rows.append({"n_train": size, "seed": seed, **{name: metrics[name].value for name in wanted}})
     return pd.DataFrame(rows)
-
-
-class _Sums:
-    """Sums over batches from which the loss and the errors of an epoch follow."""
-
-    def __init__(self) -> None:
-        self.frames, self.atoms = 0, 0
-        self.loss, self.energy, self.force = 0.0, 0.0, 0.0
-
-    def add(
-        self,
-        network: AtomisticNetwork[P],
-        prepared: Sequence[P],
-        targets: Tensor,
-        forces: Sequence[Tensor],
-        chosen: NDArray[np.int64],
-        lambda_: float,
-        *,
-        create_graph: bool,
-    ) -> Tensor:
-        """Evaluate a batch, add its errors, and return its loss, ready for autograd if asked."""
-        frames = [prepared[k] for k in chosen]
-        output = network(frames, create_graph=create_graph)
-        sizes = torch.tensor([len(frame.species) for frame in frames])
-        energy_error = output.energies - targets[torch.from_numpy(chosen)].to(network.dtype)
-        force_error = output.forces - torch.cat([forces[k] for k in chosen])
-        structure = torch.repeat_interleave(torch.arange(len(frames)), sizes)
-        loss = batch_loss(energy_error, force_error, sizes.to(network.dtype), structure, lambda_).loss
-        self.frames += len(frames)
-        self.atoms += len(structure)
-        self.loss += loss.item() * len(frames)
-        self.energy += (energy_error.detach() / sizes).square().sum().item()
-        self.force += force_error.detach().square().sum().item()
-        return loss
-
-    def means(self, part: str) -> dict[str, float]:
-        """Return loss and errors under the names of the history."""
-        return {
-            f"{part}_loss": self.loss / self.frames,
-            f"{part}_energy_rmse_per_atom": math.sqrt(self.energy / self.frames),
-            f"{part}_force_rmse_vector": math.sqrt(self.force / self.atoms),
-        }
-
-
-def _clipped(gradients: Sequence[Tensor], clip_norm: float | None) -> list[Tensor]:
-    """Shorten the gradient, all tensors together, to a norm."""
-    if clip_norm is None:
-        return list(gradients)
-    norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
-    factor = (clip_norm / norm).clamp(max=1.0)
-    return [g * factor for g in gradients]

@@ -21,6 +21,7 @@ from tlmc.devices import find_device
 from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError, ModelError
 from tlmc.potentials.model import Potential
+from tlmc.potentials.reference import fit_reference
 from tlmc.potentials.start_models import family_of
 from tlmc.progress import is_watched
 from tlmc.training.config import FinetuneConfig, check_supported
@@ -29,7 +30,7 @@ from tlmc.training.divergence import force_rms
 from tlmc.training.identity import describe_run
 from tlmc.training.replay import isolated_molecules
 from tlmc.training.run_folder import Kept, RunFolder
-from tlmc.training.trainer import Trainer
+from tlmc.training.trainer import Trainer, network_energies
 
 _LOG = logging.getLogger(__name__)
 
@@ -174,7 +175,13 @@ def _train(
         learner = family.learner(begin, described, config, group, bar.update)
     group.check_same(learner.digest, "descriptors")
     threads = threads or learner.threads or torch.get_num_threads()
-    trainer = Trainer(learner, begin, dataset, split, config, range(len(dataset), len(described)), group)
+    train = dataset.subset(split.train)
+    predicted = network_energies(learner, split.train, dataset.n_atoms.tolist(), config, group)
+    bare = begin.with_reference(None).atomic_reference(train.frames).numpy()
+    reference = fit_reference(train.frames, train.energies, predicted + bare)
+    targets = dataset.energies - begin.with_reference(reference).atomic_reference(dataset.frames).numpy()
+    replayed_at = range(len(dataset), len(described))
+    trainer = Trainer(learner, targets, dataset.forces, split, config, replayed_at, group)
     if not group.is_first:
         state = trainer.blank()
     elif folder.has_state:
@@ -219,7 +226,7 @@ def _train(
 
     row = state.history[-1 if config.keep == "last" else state.best_epoch - 1]
     which = "best" if config.keep == "best" else "ema" if config.ema_decay else "flat"
-    kept = trainer.potential(state, which)
+    kept = trainer.potential(state, which).with_reference(reference)
     try:
         trainer.guard.check_end(row)
         kept.check_weights("the trained model")

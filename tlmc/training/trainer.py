@@ -17,11 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from tlmc.data.dataset import Dataset
 from tlmc.data.splits import Split
 from tlmc.errors import ModelError
 from tlmc.potentials.model import Potential
-from tlmc.potentials.reference import fit_reference
 from tlmc.training.config import FinetuneConfig
 from tlmc.training.distributed import Group
 from tlmc.training.divergence import Guard, force_rms, is_finite
@@ -78,26 +76,40 @@ class _Labelled(NamedTuple):
 
 
 class Trainer:
-    """A learner, the labels in its order, and the optimiser of one run."""
+    """A learner, the labels in its order, and the optimiser of one run.
+
+    Parameters
+    ----------
+    learner
+        Made for the frames of the labels, and behind them those for replay.
+    energies
+        Labels for the energies of the learner's network, without offsets, eV, shape ``(n_frames,)``.
+    forces
+        Labels of every frame, eV/A, each of shape ``(n_atoms, 3)``.
+    split
+        Training and validation part.
+    config
+        Settings.
+    replayed
+        Places of the frames for replay.
+    group
+        The processes that train together.
+    """
 
     def __init__(
         self,
         learner: Learner,
-        model: Potential,
-        dataset: Dataset,
+        energies: NDArray[np.float64],
+        forces: Sequence[NDArray[np.float64]],
         split: Split,
         config: FinetuneConfig,
         replayed: Sequence[int],
         group: Group,
     ) -> None:
         self.learner, self.config, self.split, self.group = learner, config, split, group
-        self.sizes = [len(frame) for frame in dataset.frames]
-        self.forces = [learner.arranged(i, forces) for i, forces in enumerate(dataset.forces)]
-        train_frames = [dataset.frames[i] for i in split.train]
-        predicted = self._network_energies(split.train) + model.with_reference(None).atomic_reference(train_frames)
-        self.reference = fit_reference(train_frames, dataset.energies[split.train], predicted.numpy())
-        offsets = model.with_reference(self.reference).atomic_reference(dataset.frames)
-        self.energies = (torch.from_numpy(dataset.energies) - offsets).to(group.device)
+        self.sizes = [len(force) for force in forces]
+        self.forces = [learner.arranged(i, force) for i, force in enumerate(forces)]
+        self.energies = torch.from_numpy(energies).to(group.device)
         self.loss = partial(batch_loss, lambda_=config.lambda_, kind=config.loss, delta=config.huber_delta)
         self.steps = self._count_steps()
         self.low_rank = LowRank(learner, config.rank, config.seed) if config.rank else None
@@ -106,7 +118,7 @@ class Trainer:
         )
         self.guard = Guard(
             self._errors(split.validation).summary("validation"),
-            force_rms(dataset.forces[k] for k in split.validation),
+            force_rms(forces[k] for k in split.validation),
             f"lower lr ({config.lr})" + (" or set clip_norm" if config.clip_norm is None else ""),
         )
 
@@ -243,8 +255,8 @@ class Trainer:
         return sum(1 for epoch in range(epochs) for _ in self._batches(epoch))
 
     def potential(self, state: State, which: str) -> Potential:
-        """Return the model with the current, averaged or best weights."""
-        return self.learner.potential(state.tensors[which], state.unseen[which]).with_reference(self.reference)
+        """Return the model with the current, averaged or best weights, without reference energies."""
+        return self.learner.potential(state.tensors[which], state.unseen[which])
 
     def _rate(self, state: State) -> float:
         """Return the learning rate of the next step."""
@@ -277,7 +289,7 @@ class Trainer:
 
     def _errors(self, indices: NDArray[np.int64]) -> _Errors:
         errors = _Errors()
-        for part in self._portions(indices):
+        for part in portions(indices, self.sizes, self.config, self.group):
             own = self.group.share(part)
             if len(own) == 0:
                 errors.skip(self.learner.flat, len(part))
@@ -288,17 +300,6 @@ class Trainer:
             errors.watch(self.loss, len(part))(error, predicted.forces - forces, batch.n_atoms, batch.structure)
         errors.collect(self.group)
         return errors
-
-    def _portions(self, indices: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-        """Return structures in portions for which there is memory."""
-        if self.config.batch_atoms is None:
-            n_portions = math.ceil(len(indices) / (_PORTION * self.group.size))
-            return iter(np.array_split(indices, n_portions))
-        return _filled(indices, self.sizes, self.config.batch_atoms)
-
-    def _network_energies(self, indices: NDArray[np.int64]) -> Tensor:
-        batches = map(self.learner.batch, self._portions(indices))
-        return torch.cat([self.learner.energies_forces(batch).energies for batch in batches]).cpu()
 
     def _batch(self, indices: NDArray[np.int64]) -> _Labelled:
         batch = self.learner.batch(indices)
@@ -362,6 +363,24 @@ class _Errors:
             f"{part}_energy_rmse_per_atom": math.sqrt(squared_energy / structures),
             f"{part}_force_rmse_vector": math.sqrt(squared_force / atoms),
         }
+
+
+def network_energies(
+    learner: Learner, indices: NDArray[np.int64], sizes: Sequence[int], config: FinetuneConfig, group: Group
+) -> NDArray[np.float64]:
+    """Return what a learner's network says about the energies of some frames, eV, every process by itself."""
+    batches = map(learner.batch, portions(indices, sizes, config, group))
+    energies: NDArray[np.float64] = torch.cat([learner.energies_forces(b).energies for b in batches]).cpu().numpy()
+    return energies
+
+
+def portions(
+    indices: NDArray[np.int64], sizes: Sequence[int], config: FinetuneConfig, group: Group
+) -> Iterator[NDArray[np.int64]]:
+    """Return structures in portions for which there is memory."""
+    if config.batch_atoms is None:
+        return iter(np.array_split(indices, math.ceil(len(indices) / (_PORTION * group.size))))
+    return _filled(indices, sizes, config.batch_atoms)
 
 
 def _chunks(indices: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:

@@ -189,6 +189,8 @@ class Engine:
             if on
             for part in layer
         ]
+        self.shapes = [part.shape for part in parts]
+        """Of the arrays that follow one another in `flat`."""
         self.flat = torch.cat([part.reshape(-1) for part in parts])
         """Trainable weights; an optimiser changes them in place."""
         self.gradient = torch.zeros_like(self.flat)

@@ -71,13 +71,7 @@ class AniLearner(Learner):
         n_layers = len(next(iter(model.networks.values())))
         self._engine = Engine(model, self._cache, trainable_layers(config.layers, n_layers))
         self.flat, self.gradient = self._engine.flat, self._engine.gradient
-        self.shapes = [
-            part.shape
-            for layers in self._engine.layers.values()
-            for layer, on in zip(layers, self._engine.trainable, strict=True)
-            if on
-            for part in layer
-        ]
+        self.shapes = self._engine.shapes
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
         """Merge the structures of some frames."""
