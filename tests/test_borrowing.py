@@ -35,7 +35,7 @@ def test_engine_starts_alike_in_both_ways(crystal: Any, ani2xt: Potential, tmp_p
     data, mapping = crystal
     found = []
     for way in WAYS:
-        model = with_elements(ani2xt, mapping, way)
+        model = ani2xt.with_elements(mapping, way)
         cache = build_cache(model, data.frames[:3], torch.float64, tmp_path)
         engine = Engine(model, cache, (True,) * 4)
         results = [engine.energies_forces(merge([structure])) for structure in cache.structures]
@@ -57,7 +57,7 @@ def test_both_ways_start_alike_wherever_the_model_goes(
     frame = data.frames[0].copy()
     found = []
     for way in WAYS:
-        model = with_elements(ani2xt, mapping, way).to(torch.float64)
+        model = ani2xt.with_elements(mapping, way).to(torch.float64)
         model = model.with_reference(ReferenceEnergies(dict.fromkeys(data.elements, -2.0), "per_element"))
         constant = model.atomic_reference([frame]).item()
         if route == "export":
@@ -83,7 +83,7 @@ def test_what_was_learned_survives_checkpoint_calculator_and_export(
     crystal: Any, way: Borrowing, ani2xt: Potential, tmp_path: Path
 ) -> None:
     data, mapping = crystal
-    model = with_elements(ani2xt, mapping, way)
+    model = ani2xt.with_elements(mapping, way)
     split = split_dataset(data, seed=0)
     result = finetune(model, data, split, recipe("short", epochs=2), tmp_path / "run")
     loaded, _ = load_model(tmp_path / "run" / "model.safetensors")
@@ -95,7 +95,7 @@ def test_what_was_learned_survives_checkpoint_calculator_and_export(
 
     precise = loaded.to(torch.float64)
     export_state_dict(precise, tmp_path / "model.pt")
-    network = to_torchani(with_elements(ani2xt, mapping, way).with_reference(precise.reference).to(torch.float64))
+    network = to_torchani(ani2xt.with_elements(mapping, way).with_reference(precise.reference).to(torch.float64))
     network.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
     numbers, positions = torch.from_numpy(frame.numbers)[None], torch.from_numpy(frame.positions)[None]
     theirs = network((numbers, positions), torch.from_numpy(frame.cell.array), torch.from_numpy(frame.pbc))

@@ -23,8 +23,8 @@ from tlmc.data.loading import load_dataset
 from tlmc.descriptors.aev import aev, aev_jacobian
 from tlmc.descriptors.pairs import neighbours
 from tlmc.errors import ConfigError, DataError, ModelError
-from tlmc.families.ani.cache import build_cache
 from tlmc.families.ani import cache as module
+from tlmc.families.ani.cache import build_cache
 
 
 def frames():

@@ -13,21 +13,21 @@ from ase.build import molecule
 from potential_references import toy_potential
 from test_aev import small_cell
 from test_engine import engine_gradient, labels
-from test_finetune import labelled, quick, same_weights, student, teacher
-from tlmc.training.trainer import Trainer
+from test_finetune import labelled, quick, same_weights, student, teacher, trainer_of
 
 from tlmc.data.splits import split_dataset
 from tlmc.errors import ConfigError
+from tlmc.families.ani import engine as engine_module
 from tlmc.families.ani.batch import merge
 from tlmc.families.ani.cache import build_cache
 from tlmc.families.ani.device_cache import DeviceCache, find_device
 from tlmc.families.ani.engine import Engine, TorchSweeps
 from tlmc.potentials import predict
-from tlmc.families.ani import engine as engine_module
 from tlmc.training.distributed import Group
 from tlmc.training.fine_tuning import finetune
 from tlmc.training.loss import batch_loss
 from tlmc.training.optimizer import Update
+from tlmc.training.trainer import Trainer
 
 META = torch.device("meta")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
@@ -105,8 +105,7 @@ def test_an_epoch_reads_from_the_device_once_per_part_whatever_the_number_of_ste
     for batch_size in (1, 7):
         reads = []
         config = quick(batch_size=batch_size, **changes)
-        cache = build_cache(student(), data.frames, torch.float32)
-        trainer = Trainer(student(), data, parts, config, cache, (True,) * 4, Group())
+        trainer = trainer_of(student(), data, parts, config)
         state = trainer.start()
         with monkeypatch.context() as patch:
             for name in ("item", "tolist", "cpu", "__bool__", "__float__", "__int__", "__index__"):
@@ -177,7 +176,7 @@ def test_training_on_a_gpu_equals_that_on_the_processor_and_goes_on_there(tmp_pa
                 finetune(student(), data, parts, config, run, checkpoint_seconds=0.0, device=first)
         resumed = finetune(student(), data, parts, config, run, device=second)
         assert resumed.resumed_from == 2
-        assert resumed.run_id == runs[0].run_id
+        assert resumed.run_key == runs[0].run_key
         pd.testing.assert_frame_equal(resumed.history[columns], runs[0].history[columns], rtol=1e-6)
         assert all(part.device.type == "cpu" for layer in resumed.potential.networks["C"] for part in layer)
 
@@ -186,9 +185,8 @@ def test_training_on_a_gpu_equals_that_on_the_processor_and_goes_on_there(tmp_pa
 def test_steps_on_a_gpu_do_not_wait(tmp_path):
     """CUDA's own watch: an operation that waits for the device is an error meanwhile."""
     data, config = labelled(), quick(batch_size=4, clip_norm=1.0)
-    cache = build_cache(student(), data.frames, torch.float32)
     group = Group(device=torch.device("cuda", 0))
-    trainer = Trainer(student(), data, split_dataset(data, seed=0), config, cache, (True,) * 4, group)
+    trainer = trainer_of(student(), data, split_dataset(data, seed=0), config, group)
     state = trainer.start()
     trainer.restore(state)
     trainer.epoch(state)  # structures move, libraries load
@@ -223,11 +221,7 @@ def test_batches_by_atoms_are_filled_and_drawn_by_the_seed(tmp_path):
     """Unequal structures: no batch above the limit but for a structure alone, all of them once, anew every epoch."""
     data = mixed()
     parts = split_dataset(data, seed=0)
-    trainers = [
-        Trainer(student(), data, parts, quick(batch_atoms=14, seed=seed), build_cache(student(), data.frames),
-                 (True,) * 4, Group())
-        for seed in (0, 0, 1)
-    ]  # fmt: skip
+    trainers = [trainer_of(student(), data, parts, quick(batch_atoms=14, seed=seed)) for seed in (0, 0, 1)]
     sizes = np.array([len(f) for f in data.frames])
     first, again, other = ([b.tolist() for b in t._batches(0)] for t in trainers)
     assert first == again != other
@@ -248,7 +242,7 @@ def test_a_batch_by_atoms_has_the_mean_over_its_structures_as_loss():
     by_atoms = finetune(student(), data, parts, quick(epochs=2, batch_atoms=10_000))
     by_structures = finetune(student(), data, parts, quick(epochs=2, batch_size=len(parts.train)))
     assert same_weights(by_atoms.potential, by_structures.potential)
-    assert by_atoms.run_id != by_structures.run_id
+    assert by_atoms.run_key != by_structures.run_key
 
 
 def test_the_schedule_of_batches_by_atoms_ends_with_the_last_step():
@@ -257,10 +251,3 @@ def test_the_schedule_of_batches_by_atoms_ends_with_the_last_step():
     history = finetune(student(), data, parts, quick(epochs=6, batch_atoms=14, warmup_epochs=1.0)).history
     assert history["lr"].idxmax() in (0, 1)
     assert history["lr"].iloc[-1] < 0.01 * history["lr"].max()
-
-
-def test_runs_made_before_there_were_batches_by_atoms_go_on(tmp_path):
-    data = labelled()
-    result = finetune(student(), data, split_dataset(data, seed=0), quick(epochs=1), tmp_path / "run")
-    assert "batch_atoms" not in (tmp_path / "run" / "run.json").read_text()
-    assert result.config.batch_atoms is None

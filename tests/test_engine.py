@@ -15,13 +15,13 @@ from test_aev import small_cell
 
 from tlmc.data.loading import load_dataset
 from tlmc.errors import ConfigError
+from tlmc.families.ani import engine as module
 from tlmc.families.ani import relabel, to_torchani, trainable_layers
 from tlmc.families.ani.batch import merge
 from tlmc.families.ani.cache import build_cache
 from tlmc.families.ani.compiled_sweeps import CompiledSweeps, kernels
 from tlmc.families.ani.engine import Engine, TorchSweeps
 from tlmc.potentials import predict
-from tlmc.families.ani import engine as module
 from tlmc.training.loss import batch_loss
 from tlmc.training.optimizer import Update
 

@@ -20,23 +20,24 @@ import torch
 from ase.build import molecule
 from jupyter_client.manager import start_new_kernel
 from potential_references import toy_potential
-from tlmc.training.trainer import Trainer
 
 from tlmc.data.dataset import Dataset
 from tlmc.data.loading import load_dataset
 from tlmc.data.splits import Split, split_dataset
 from tlmc.errors import ConfigError, DataError, Interrupted, ModelError
 from tlmc.evaluation import evaluate
-from tlmc.families.ani import to_torchani
+from tlmc.families.ani import learner, to_torchani
 from tlmc.families.ani.transfer import first_members
 from tlmc.potentials import predict
 from tlmc.potentials.model_files import load_model, save_model
+from tlmc.potentials.start_models import family_of
+from tlmc.training import run_folder
 from tlmc.training.config import FinetuneConfig, recipe
-from tlmc.training.distributed import ContactError
+from tlmc.training.distributed import ContactError, Group
 from tlmc.training.fine_tuning import finetune
+from tlmc.training.trainer import Trainer
 from tlmc.units import HARTREE
 
-finetuning = sys.modules[finetune.__module__]
 """The module, whose name the package gives to its function."""
 
 
@@ -77,6 +78,13 @@ def student():
 
 def quick(**changes) -> FinetuneConfig:
     return recipe("short", **({"epochs": 4, "lr": 3e-3} | changes))
+
+
+def trainer_of(model, dataset, split, config, group=None) -> Trainer:
+    """Return what trains a model, before the first step, its labels taken as they are."""
+    group = group or Group()
+    learner = family_of(model).learner(model, dataset.frames, config, group, lambda count: None)
+    return Trainer(learner, dataset.energies, dataset.forces, split, config, (), group)
 
 
 def same_weights(a, b) -> bool:
@@ -250,7 +258,7 @@ def test_seeds_decide_the_run():
     runs = [finetune(student(), data, parts, quick(epochs=2, seed=seed)) for seed in (0, 0, 1)]
     assert same_weights(runs[0].potential, runs[1].potential)
     assert not same_weights(runs[0].potential, runs[2].potential)
-    assert runs[0].run_id == runs[1].run_id != runs[2].run_id
+    assert runs[0].run_key == runs[1].run_key != runs[2].run_key
 
 
 def test_frozen_layers_stay_and_elements_without_frames_too():
@@ -307,7 +315,7 @@ def test_run_folder_holds_everything(tmp_path):
     _, metadata = load_model(tmp_path / "run" / "model.safetensors")
     assert metadata["data"]["hash"] == data.hash
     assert metadata["start_model"]["fingerprint"] == "made up"
-    assert metadata["run_id"] == result.run_id
+    assert metadata["run_key"] == result.run_key
     assert metadata["config"]["lambda_"] == 0.1
     assert metadata["metrics"]["epoch"] == 4
     assert (
@@ -429,7 +437,7 @@ def test_a_warm_start_without_a_solution_is_refused(monkeypatch):
     def fail(engine, *_):
         engine.flat.fill_(math.nan)
 
-    monkeypatch.setattr(finetuning, "ridge_start", fail)
+    monkeypatch.setattr(learner, "ridge_start", fail)
     with pytest.raises(ModelError, match=r"the warm start has no finite solution: raise ridge \(0.01\)"):
         finetune(student(), data, parts, quick(warm_start="ridge"))
 
@@ -438,7 +446,7 @@ def test_sigterm_and_an_impatient_second_interrupt_lose_nothing(tmp_path, monkey
     """Schedulers send SIGTERM; launchers, and people, interrupt twice."""
     data, config = labelled(), quick()
     parts = split_dataset(data, seed=0)
-    save = finetuning.save_tensors
+    save = run_folder.save_tensors
 
     def interrupted_again(*arguments):
         os.kill(os.getpid(), signal.SIGINT)
@@ -447,7 +455,7 @@ def test_sigterm_and_an_impatient_second_interrupt_lose_nothing(tmp_path, monkey
 
     with monkeypatch.context() as patch:
         stop_at_step(patch, 17, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        patch.setattr(finetuning, "save_tensors", interrupted_again)
+        patch.setattr(run_folder, "save_tensors", interrupted_again)
         with pytest.raises(Interrupted, match="after epoch 2 of 4") as caught:
             finetune(student(), data, parts, config, tmp_path / "run")
     assert caught.value.number == signal.SIGTERM
@@ -479,13 +487,13 @@ def test_an_interrupt_says_what_is_kept(tmp_path, monkeypatch):
         with pytest.raises(ContactError, match="gone"):
             finetune(student(), data, parts, config, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(finetuning, "build_cache", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        patch.setattr(learner, "build_cache", lambda *_, **__: signal.raise_signal(signal.SIGINT))
         with pytest.raises(Interrupted, match="it is as it was, the same call goes on"):
             finetune(student(), data, parts, config, tmp_path / "run")
         with pytest.raises(Interrupted, match="before the first of 4 epochs: descriptors are kept once all of"):
             finetune(student(), data, parts, config, tmp_path / "new")
     with monkeypatch.context() as patch:
-        patch.setattr(finetuning, "_tidy", lambda _: signal.raise_signal(signal.SIGINT))
+        patch.setattr(run_folder.RunFolder, "_tidy", lambda _: signal.raise_signal(signal.SIGINT))
         with pytest.raises(Interrupted, match="the training had ended and is kept in"):
             finetune(student(), data, parts, config, tmp_path / "run")
     assert finetune(student(), data, parts, config, tmp_path / "run").resumed_from == 4
@@ -500,7 +508,7 @@ def test_a_finished_run_that_was_killed_before_its_state_was_removed(tmp_path, m
     data, config = labelled(), quick(keep="best", lr=1e-2, schedule="constant")
     parts, run = split_dataset(data, seed=0), tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(finetuning, "_tidy", lambda folder: None)
+        patch.setattr(run_folder.RunFolder, "_tidy", lambda _: None)
         first = finetune(student(), data, parts, config, run)
     for name in ("best.safetensors", "last.safetensors", "notes.txt"):
         (run / name).write_text("somebody else's")

@@ -18,8 +18,8 @@ from tlmc.descriptors.symmetry_functions import SymmetryFunctions
 from tlmc.errors import ConfigError, DataError, Interrupted, ModelError
 from tlmc.evaluation.metrics import evaluate
 from tlmc.networks import BehlerParrinelloNetwork, DeepTensorNetwork, FitConfig, error_over_size, fit, shrunk
-from tlmc.networks.optimizers import AdamW
 from tlmc.potentials.model import Predictions
+from tlmc.training.trainer import Trainer
 
 
 def deep_tensor(species, seed=0):
@@ -180,7 +180,7 @@ class TestBadInput:
 
     def test_an_interrupt_is_a_sentence(self, ethanol, monkeypatch):
         data, split = ethanol
-        monkeypatch.setattr(AdamW, "step", lambda *_: signal.raise_signal(signal.SIGINT))
+        monkeypatch.setattr(Trainer, "_step", lambda *_: signal.raise_signal(signal.SIGINT))
         with pytest.raises(Interrupted, match="in epoch 1 of 100: of a training in memory nothing is kept"):
             fit(deep_tensor(data.elements), data, split)
 
@@ -188,5 +188,5 @@ class TestBadInput:
         data, split = ethanol
         network = deep_tensor(data.elements)
         network.embedding.data.fill_(float("nan"))
-        with pytest.raises(ModelError, match=r"the loss became nan in epoch 1: lower lr \(0.003\)"):
+        with pytest.raises(ModelError, match=r"the loss became nan in epoch 1, step 1: lower lr \(0.003\)"):
             fit(network, data, split)

@@ -11,21 +11,20 @@ import torch
 from ase.build import molecule
 from potential_references import toy_potential
 from test_finetune import labelled, quick, same_weights, student
-from tlmc.training.trainer import Trainer
 
 from tlmc.data.splits import split_dataset
 from tlmc.errors import ConfigError
 from tlmc.evaluation.forgetting import forgetting
 from tlmc.families.ani import Layer
-from tlmc.families.ani.batch import merge
-from tlmc.families.ani.cache import build_cache
-from tlmc.families.ani.engine import Engine
+from tlmc.families.ani.learner import AniLearner
 from tlmc.potentials import predict
 from tlmc.potentials.reference import ReferenceEnergies
 from tlmc.training.config import recipe
+from tlmc.training.distributed import Group
 from tlmc.training.fine_tuning import finetune
 from tlmc.training.loss import batch_loss
 from tlmc.training.replay import Replay, isolated_molecules
+from tlmc.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -56,17 +55,16 @@ def test_replay_adds_its_gradient():
     """Against one loss over both batches, by finite differences."""
     model = toy_potential(members=2, seed=0)
     frames = isolated_molecules(("H", "C", "O"), "replayed")[:12:4]
-    cache = build_cache(model, frames, torch.float64)
-    engine = Engine(model, cache, (True,) * 4)
+    engine = AniLearner(model, frames, recipe("short", precision="float64"), Group(), lambda count: None)
     loss = partial(batch_loss, lambda_=0.4)
-    replay = Replay(engine, [cache[1], cache[2]], 0.7, 5, loss, seed=0)
-    kept = [engine.energies_forces(merge([cache[i]])) for i in (1, 2)]
+    replay = Replay(engine, [1, 2], 0.7, 5, loss, seed=0)
+    kept = [engine.energies_forces(engine.batch([i])) for i in (1, 2)]
     energies, forces = torch.ones(1, dtype=torch.float64), torch.ones(len(frames[0]), 3, dtype=torch.float64)
     replay.add_gradient(1)
     assert engine.gradient.norm() < 1e-9  # nothing has been forgotten yet
     generator = torch.Generator().manual_seed(0)
     engine.flat += 0.05 * torch.randn(engine.flat.shape, generator=generator, dtype=torch.float64)
-    labelled_batch, both = merge([cache[0]]), merge([cache[1], cache[2]])
+    labelled_batch, both = engine.batch([0]), engine.batch([1, 2])
 
     def total() -> float:
         own = engine.loss_gradient(labelled_batch, energies, forces, loss).loss
@@ -97,7 +95,7 @@ def test_replay_lessens_forgetting_and_resumes(tmp_path, monkeypatch):
     assert with_replay["energy_rmse_per_atom"].value < 0.6 * without["energy_rmse_per_atom"].value
     # offsets belong to the labels: molecules play no part in their fit
     assert whole.potential.reference == plain.potential.reference
-    assert plain.run_id != whole.run_id
+    assert plain.run_key != whole.run_key
     train_epoch = Trainer.epoch
 
     def stop(self, state):

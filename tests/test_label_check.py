@@ -365,13 +365,13 @@ def test_without_lively_frames_there_is_no_verdict(ani2xt: Potential) -> None:
 def test_embedded_sets_pass_borrowed_elements_included(name: str, way: str, ani2xt: Potential) -> None:
     data = load_dataset(name)
     mapping = {new: donor for new, donor in THESIS_DONORS.items() if new in data.elements}
-    report = check_labels(data, with_elements(ani2xt, mapping, way))
+    report = check_labels(data, ani2xt.with_elements(mapping, way))
     assert not report.finding
     assert report.correlation > 0.75
     if mapping:
         # the atoms that count tell what is wrong as well as if all elements were known
         with pytest.raises(DataError, match="labels are (shifted|in another order)"):
-            check_labels(shifted(1)(data.crystals()), with_elements(ani2xt, mapping, way))
+            check_labels(shifted(1)(data.crystals()), ani2xt.with_elements(mapping, way))
 
 
 @pytest.mark.needs_mirror

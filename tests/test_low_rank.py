@@ -10,7 +10,6 @@ from ase.build import molecule
 from potential_references import toy_potential
 from test_aev import small_cell
 from test_finetune import labelled, quick, same_weights, student
-from tlmc.training.trainer import Trainer
 
 from tlmc.data.splits import split_dataset
 from tlmc.errors import ConfigError
@@ -22,6 +21,7 @@ from tlmc.training.config import recipe
 from tlmc.training.fine_tuning import finetune
 from tlmc.training.loss import batch_loss
 from tlmc.training.low_rank import LowRank
+from tlmc.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -144,7 +144,7 @@ def test_runs_without_it_keep_their_name_and_ridge_is_refused():
     data = labelled(12)
     parts = split_dataset(data, seed=0)
     plain = finetune(student(), data, parts, quick(epochs=1))
-    assert plain.run_id == finetune(student(), data, parts, quick(epochs=1, rank=None, replay=0.0)).run_id
-    assert plain.run_id != finetune(student(), data, parts, quick(epochs=1, rank=2)).run_id
+    assert plain.run_key == finetune(student(), data, parts, quick(epochs=1, rank=None, replay=0.0)).run_key
+    assert plain.run_key != finetune(student(), data, parts, quick(epochs=1, rank=2)).run_key
     with pytest.raises(ConfigError, match="choose one of them"):
         recipe("short", rank=4, warm_start="ridge")

@@ -16,8 +16,8 @@ from test_finetune import labelled
 from tlmc.data.loading import load_dataset
 from tlmc.data.splits import shrunk, split_dataset
 from tlmc.errors import ConfigError, DataError
-from tlmc.experiments import records
 from tlmc.evaluation.metrics import Metric
+from tlmc.experiments import records
 from tlmc.experiments.records import (
     COLUMNS,
     append_records,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+from dataclasses import replace
+from functools import partial
 
 import ase.build
 import numpy as np
@@ -11,12 +13,18 @@ import pytest
 import torch
 from ase import Atoms
 from labelled import dataset
-from tlmc.families.sevennet import model as sevennet
-from tlmc.potentials import predict, load_start_model
 
+from tlmc.data import Dataset, split_dataset
 from tlmc.errors import ConfigError, ModelError
+from tlmc.evaluation import evaluate
+from tlmc.families.sevennet import model as sevennet
+from tlmc.families.sevennet.learner import SevenNetLearner
 from tlmc.families.sevennet.model import SHA256, read_checkpoint
 from tlmc.files import sha256_file
+from tlmc.potentials import ReferenceEnergies, load_model, load_start_model, predict, save_model
+from tlmc.training import finetune, recipe
+from tlmc.training.loss import batch_loss
+from tlmc.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +68,14 @@ class TestReading:
             read_checkpoint(tmp_path / "x.pth")
 
     def test_without_the_package(self, monkeypatch):
-        monkeypatch.setattr(sevennet, "is_installed", lambda: False)
-        with pytest.raises(ConfigError, match=r"needs the package sevenn: pip install 'tlmc\[peer\]'"):
-            load_sevennet()
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(ConfigError, match=r"needs the package sevenn: pip install 'tlmc\[sevennet\]'"):
+            load_start_model("sevennet")
 
 
 class TestModel:
     def test_published_model(self, model):
-        assert (model.r_cut, model.fingerprint, len(model.numbers)) == (5.0, SHA256, 89)
+        assert (model.name, model.r_cut, model.fingerprint, len(model.elements)) == ("sevennet", 5.0, SHA256, 89)
         trainable = sum(weight.numel() for weight in model.network.parameters() if weight.requires_grad)
         assert trainable == 842440
 
@@ -102,12 +110,114 @@ class TestModel:
             np.testing.assert_allclose(together.forces[k], alone.forces[0], atol=2e-5)
 
     def test_an_unknown_element(self, model):
-        with pytest.raises(ModelError, match=r"frame \(AtPo\): SevenNet-0 does not know Po, At"):
+        with pytest.raises(ModelError, match=r"sevennet has no network for At \(1 atoms\), Po \(1 atoms\) in AtPo"):
             predict(model, [Atoms("AtPo", positions=[[0, 0, 0], [2, 0, 0]])])
 
-    def test_the_offset_is_the_mean_residual_per_atom(self, model):
-        frames = dataset(["CO2"] * 3, [0.0, 0.0, 0.0], [np.zeros((3, 3))] * 3)
-        bare = predict(model, frames.frames).energies
-        fitted = refit_offset(model, frames)
-        assert fitted.reference.offsets["C"] == pytest.approx(-bare.mean() / 3)
-        assert predict(fitted, frames.frames).energies == pytest.approx(bare - bare.mean(), abs=1e-6)
+    def test_stress_is_the_strain_derivative(self, model):
+        frame, h = crystal(), 2e-3
+        stress = predict(model, [frame]).stresses[0]
+        for voigt, (a, b) in enumerate([(0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1)]):
+            energies = []
+            for sign in (1, -1):
+                strain = np.eye(3)
+                strain[a, b] += 0.5 * sign * h
+                strain[b, a] += 0.5 * sign * h
+                strained = frame.copy()
+                strained.set_cell(frame.cell.array @ strain, scale_atoms=True)
+                energies.append(predict(model, [strained]).energies[0])
+            slope = (energies[0] - energies[1]) / (2 * h) / frame.get_volume()
+            assert slope == pytest.approx(stress[voigt], abs=2e-4)
+
+    def test_another_precision_is_refused(self, model):
+        assert model.to(torch.float32) is model
+        with pytest.raises(ModelError, match="sevennet computes in float32 only, not in torch.float64"):
+            model.to(torch.float64)
+
+    def test_energy_is_extensive_and_symmetric(self, model):
+        frame = crystal()
+        one, two = predict(model, [frame]), predict(model, [frame.repeat((2, 1, 1))])
+        assert two.energies[0] == pytest.approx(2 * one.energies[0], abs=1e-3)
+        turned = frame.copy()
+        turned.rotate(40, (1, 2, 3), rotate_cell=True)
+        assert predict(model, [turned]).energies[0] == pytest.approx(one.energies[0], abs=1e-3)
+
+    def test_a_file_holds_the_model(self, model, tmp_path):
+        fitted = model.with_reference(ReferenceEnergies({"C": 1.0, "O": -2.0}, "per_element"))
+        save_model(fitted, tmp_path / "model.safetensors", {"about": "it"})
+        read, metadata = load_model(tmp_path / "model.safetensors")
+        assert (metadata["about"], read.reference, read.name) == ("it", fitted.reference, "sevennet")
+        assert read.weights_hash() == model.weights_hash()
+        assert predict(read, [crystal()]).energies[0] == predict(fitted, [crystal()]).energies[0]
+
+    def test_elements_do_not_borrow(self, model):
+        assert model.with_elements({}) is model
+        with pytest.raises(ModelError, match="sevennet cannot let elements borrow from others, as asked for Po"):
+            model.with_elements({"Po": "Te"})
+
+
+def labelled() -> Dataset:
+    """Crystals of CO2 whose labels are those of the model on slightly smaller cells."""
+    frames = [crystal(seed) for seed in range(10)]
+    labels = predict(load_start_model("sevennet"), [scaled(frame, 0.99) for frame in frames])
+    return replace(
+        dataset(["C4O8"] * 10, labels.energies + 24.0, labels.forces), frames=tuple(frames), stresses=(None,) * 10
+    )
+
+
+def scaled(frame: Atoms, factor: float) -> Atoms:
+    """Return a crystal with another cell."""
+    result = frame.copy()
+    result.set_cell(frame.cell.array * factor, scale_atoms=True)
+    return result
+
+
+class TestLearner:
+    def test_gradient_is_that_of_finite_differences(self, model):
+        learner = SevenNetLearner(model, [crystal(0), crystal(1)], torch.device("cpu"), lambda count: None)
+        batch = learner.batch([0, 1])
+        start = learner.energies_forces(batch)
+        energies, forces = start.energies + 3.0, start.forces + 0.5
+        loss = partial(batch_loss, lambda_=0.3)
+        learner.loss_gradient(batch, energies, forces, loss)
+        gradient, at, h = learner.gradient.clone(), learner.flat.clone(), 2e-3
+        values = []
+        for sign in (1, -1):
+            learner.flat.copy_(at + sign * h * gradient / gradient.norm())
+            values.append(learner.loss_gradient(batch, energies, forces, loss).loss.item())
+        assert (values[0] - values[1]) / (2 * h) == pytest.approx(gradient.norm().item(), rel=2e-2)
+
+    def test_it_learns_resumes_and_leaves_the_start_model_alone(self, model, tmp_path, monkeypatch):
+        before = model.weights_hash()
+        data = labelled()
+        parts, config = split_dataset(data, seed=0), recipe("sevennet", epochs=3)
+        whole = finetune(model, data, parts, config)
+        assert model.weights_hash() == before != whole.potential.weights_hash()
+        force = whole.history["validation_force_rmse_vector"]
+        assert (
+            force.iloc[-1] < 0.5 * force.iloc[0]
+            or whole.history["train_loss"].iloc[-1] < whole.history["train_loss"].iloc[0]
+        )
+        # the last row is what the result says about the validation part
+        validation = data.subset(parts.validation)
+        metrics = evaluate(validation, predict(whole.potential, validation.frames))
+        assert metrics["force_rmse_vector"].value == pytest.approx(force.iloc[-1], rel=1e-3)
+        epoch = Trainer.epoch
+
+        def stop(self, state):
+            if state.epoch == 2:
+                raise KeyboardInterrupt
+            return epoch(self, state)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "epoch", stop)
+            with pytest.raises(KeyboardInterrupt):
+                finetune(model, data, parts, config, tmp_path / "run", checkpoint_seconds=0.0)
+        resumed = finetune(model, data, parts, config, tmp_path / "run")
+        assert resumed.resumed_from == 2
+        assert resumed.potential.weights_hash() == whole.potential.weights_hash()
+        assert finetune(model, data, parts, config, tmp_path / "run").resumed_from == 3
+
+    def test_settings_it_has_no_use_for(self, model):
+        data = labelled()
+        with pytest.raises(ConfigError, match="family sevennet train with layers = 'all' only, got 'last'"):
+            finetune(model, data, split_dataset(data), recipe("sevennet", layers="last"))

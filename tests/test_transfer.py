@@ -120,11 +120,11 @@ def test_torchani_reproduces_an_extended_model_that_has_learned():
 
 def test_with_elements_goes_by_name():
     model = toy_potential()
-    assert with_elements(model, {}) is model
-    assert with_elements(model, {"Si": "C"}).element_map == {"Si": "C"}
-    assert with_elements(model, {"Si": "C"}, "extend").symbols[-1] == "Si"
+    assert model.with_elements({}) is model
+    assert model.with_elements({"Si": "C"}).element_map == {"Si": "C"}
+    assert model.with_elements({"Si": "C"}, "extend").symbols[-1] == "Si"
     with pytest.raises(ConfigError, match="borrowing must be relabel or extend, got 'copy'"):
-        with_elements(model, {"Si": "C"}, "copy")
+        model.with_elements({"Si": "C"}, "copy")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from ase.build import molecule
 from potential_references import toy_potential
 from test_aev import small_cell
 from test_finetune import labelled, quick, same_weights, student
-from tlmc.training.trainer import Trainer
 
 from tlmc.data.splits import split_dataset
 from tlmc.errors import ConfigError
@@ -22,6 +21,7 @@ from tlmc.families.ani.warm_start import design_matrix, ridge_start
 from tlmc.training.config import recipe
 from tlmc.training.fine_tuning import finetune
 from tlmc.training.loss import batch_loss
+from tlmc.training.trainer import Trainer
 
 
 def engine_of(frames, folder, seed=0):
@@ -100,7 +100,7 @@ def test_finetuning_starts_lower_and_resumes(tmp_path, monkeypatch):
     cold, warm = quick(epochs=3, lr=1e-6), quick(epochs=3, lr=1e-6, warm_start="ridge")
     plain, whole = finetune(student(), data, parts, cold), finetune(student(), data, parts, warm)
     assert whole.history["train_loss"][0] < 0.7 * plain.history["train_loss"][0]
-    assert whole.run_id != plain.run_id
+    assert whole.run_key != plain.run_key
     train_epoch = Trainer.epoch
 
     def stop(self, state):

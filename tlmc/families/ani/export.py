@@ -139,7 +139,7 @@ def _architecture(model: AniPotential) -> str:
     precision = "" if model.dtype == torch.float32 else f"dtype={model.dtype}"
     whole = model.fingerprint == published["fingerprint"] and model.symbols == ANI2X_SYMBOLS and not model.element_map
     if not whole or model.members > published["members"]:
-        return "import torch\nfrom tlmc.potentials import to_torchani\nnetwork = to_torchani(model)"
+        return "import torch\nfrom tlmc.families.ani import to_torchani\nnetwork = to_torchani(model)"
     one = "model_index=0" if model.members == 1 else ""
     lines = ["import torch", "import torchani"]
     lines += [f"network = torchani.models.ANI2x({', '.join(filter(None, (one, precision)))})"]

@@ -75,8 +75,16 @@ class SevenNetPotential(Potential):
         return next(self.network.parameters()).dtype
 
     def to(self, dtype: torch.dtype) -> SevenNetPotential:
-        """Return a copy with weights in another precision."""
-        return dataclasses.replace(self, network=copy.deepcopy(self.network).to(dtype))
+        """Return the model itself: its compiled parts compute in float32 only.
+
+        Raises
+        ------
+        ModelError
+            If another precision is asked for.
+        """
+        if dtype != torch.float32:
+            raise ModelError(f"{self.name} computes in float32 only, not in {dtype}")
+        return self
 
     def evaluator(self, device: torch.device) -> Callable[[Atoms, Neighbours], Evaluation]:
         """Return what evaluates frames on a device."""
@@ -96,8 +104,8 @@ class SevenNetPotential(Potential):
         return evaluate
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the network's state."""
-        return {name: tensor for name, tensor in self.network.state_dict().items() if tensor.numel()}
+        """Return the network's parameters; all else is the architecture's."""
+        return {name: weight.detach() for name, weight in self.network.named_parameters() if weight.numel()}
 
     def to_json(self) -> dict[str, Any]:
         """Return all that is not a tensor and not part of the published model."""
@@ -114,11 +122,10 @@ class SevenNetPotential(Potential):
         wrong = sorted(set(own) ^ set(tensors)) + [n for n in own if n in tensors and own[n].shape != tensors[n].shape]
         if wrong:
             raise ModelError(f"{wrong[0]} is not as in SevenNet-0")
-        network = published.network.to(next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()))
-        network.load_state_dict(dict(tensors), strict=False)
+        published.network.load_state_dict(dict(tensors), strict=False)
         reference = content["reference"]
         fitted = None if reference is None else ReferenceEnergies.from_json(reference)
-        return dataclasses.replace(published, network=network, name=content["name"], reference=fitted)
+        return dataclasses.replace(published, name=content["name"], reference=fitted)
 
 
 @equal_by_content
