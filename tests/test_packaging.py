@@ -20,11 +20,11 @@ import yaml
 from ase.calculators.singlepoint import SinglePointCalculator
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from test_finetune import labelled, student
 
+from helpers.places import ROOT
+from helpers.training import labelled, student
 from tlmc.potentials.model_files import save_model
 
-ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
 PINNED = {canonicalize_name(name): pin for name, pin in PINS.items()}

@@ -16,15 +16,15 @@ import ase.io
 import numpy as np
 import pandas as pd
 import pytest
-from argon import argon
 from ase import Atoms
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.units import kcal, mol
-from processes import heed_interrupts
 from rich.console import Console
 from typer.testing import CliRunner
 
+from helpers.argon import argon
+from helpers.processes import heed_interrupts
 from tlmc.cli import app as cli
 from tlmc.data.loading import load_dataset
 from tlmc.data.splits import split_dataset

@@ -7,7 +7,6 @@ from pathlib import Path
 import ase.io
 import numpy as np
 import pytest
-from argon import argon, labelled
 from ase import Atoms
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -15,6 +14,7 @@ from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 from ase.units import Bohr, Hartree
 from scipy.spatial.transform import Rotation
 
+from helpers.argon import argon, labelled
 from tlmc.data.checks import check_dataset, require_crystals
 from tlmc.data.dataset import Dataset
 from tlmc.data.loading import dataset_from_frames, load_dataset

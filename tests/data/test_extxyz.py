@@ -10,8 +10,8 @@ from pathlib import Path
 import ase.io
 import numpy as np
 import pytest
-from argon import argon
 
+from helpers.argon import argon
 from tlmc.data.loading import load_dataset, read_frames
 from tlmc.errors import DataError
 

@@ -5,12 +5,12 @@ import struct
 import time
 
 import numpy as np
-from argon import argon
 from ase import Atoms
 from ase.build import bulk, molecule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.argon import argon
 from tlmc.data.geometry import duplicate_groups, element_counts, frame_hash, is_crystal
 
 

@@ -8,13 +8,13 @@ import ase.db
 import ase.io
 import numpy as np
 import pytest
-from argon import argon, labelled
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.stress import voigt_6_to_full_3x3_stress
 from ase.units import Bohr, GPa, Hartree, kcal, kJ, mol
 from numpy.typing import NDArray
 
+from helpers.argon import argon, labelled
 from tlmc.data.loading import dataset_from_frames, load_dataset
 from tlmc.errors import DataError
 from tlmc.units import parse_unit

@@ -21,12 +21,12 @@ import ase.io
 import numpy as np
 import pooch
 import pytest
-from argon import argon, labelled
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from ase.units import Bohr, Hartree, kcal, mol
 
+from helpers.argon import argon, labelled
 from tlmc.data import loading as datasets
 from tlmc.data.loading import available, dataset_from_frames, load_dataset, read_frames
 from tlmc.errors import DataError

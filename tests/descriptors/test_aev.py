@@ -9,21 +9,12 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, molecule
-from potential_references import Auto3DAni2xt, torchani_ani2x, toy_potential
 
+from helpers.descriptor_structures import small_cell
+from helpers.potential_references import Auto3DAni2xt, torchani_ani2x, toy_potential
 from tlmc.data.loading import load_dataset
 from tlmc.descriptors.aev import BLOCK, AEVParameters, aev, aev_backward, aev_jacobian
 from tlmc.descriptors.pairs import neighbours
-
-
-def small_cell() -> Atoms:
-    """CO2-like cell of 3 A, shorter than both cutoffs, so that atoms meet many of their own images."""
-    return Atoms(
-        "CO2",
-        [[0.1, 0.2, 0.3], [1.3, 0.3, 0.1], [2.4, 1.6, 1.9]],
-        cell=[[3.0, 0, 0], [0.4, 3.2, 0], [0.1, 0.3, 2.9]],
-        pbc=True,
-    )
 
 
 def evaluate(potential, frame):

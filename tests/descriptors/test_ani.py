@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import descriptor_structures as ds
 import numpy as np
 import pytest
 import torch
-from potential_references import torchani
 
+from helpers import descriptor_structures as ds
+from helpers.potential_references import torchani
 from tlmc.descriptors.ani import ANI_2X, ANI_2X_SPECIES, AtomicEnvironmentVector
 
 NAMES = ["methane", "ethanol", "pyridine", "thiophene", "naphthalene", "aspirin"]

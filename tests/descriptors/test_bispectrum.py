@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
-import descriptor_structures as ds
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,7 @@ from scipy.linalg import expm
 from sympy import Rational
 from sympy.physics.quantum.cg import CG
 
+from helpers import descriptor_structures as ds
 from tlmc.descriptors.bispectrum import Bispectrum, clebsch_gordan, wigner_matrices
 from tlmc.errors import ConfigError
 

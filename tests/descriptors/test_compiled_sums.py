@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 
-import descriptor_structures as ds
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
+from helpers import descriptor_structures as ds
 from tlmc.descriptors import compiled_sums as kernels
 from tlmc.descriptors.soap import SOAP
 from tlmc.descriptors.symmetry_functions import SymmetryFunctions

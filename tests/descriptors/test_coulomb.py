@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import descriptor_structures as ds
 import numpy as np
 import pytest
 import torch
@@ -10,6 +9,7 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from dscribe.descriptors import CoulombMatrix as Reference
 
+from helpers import descriptor_structures as ds
 from tlmc.descriptors.coulomb import CoulombMatrix, coulomb_matrix
 from tlmc.errors import ConfigError, DataError
 

@@ -6,7 +6,6 @@ import dataclasses
 import subprocess
 import sys
 
-import descriptor_structures as ds
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
+from helpers import descriptor_structures as ds
 from tlmc import descriptors
 from tlmc.descriptors.ani import ANI_2X, AtomicEnvironmentVector
 from tlmc.descriptors.base import position_gradient, strain_gradient

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from ase.build import molecule
-from descriptor_structures import small_cell, structure
 from dscribe import descriptors as dscribe
-from potential_references import toy_potential
 
+from helpers.descriptor_structures import small_cell, structure
+from helpers.potential_references import toy_potential
 from tlmc.data.loading import load_dataset
 from tlmc.descriptors.enrichment import Enrichment, fit_enrichment
 from tlmc.errors import ConfigError, ModelError

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-import descriptor_structures as ds
 import numpy as np
 import pytest
 import torch
 from ase.build import bulk, molecule
 from dscribe.descriptors import EwaldSumMatrix as Reference
 
+from helpers import descriptor_structures as ds
 from tlmc.descriptors.ewald import EwaldMatrix, EwaldParameters, ewald_matrix, ewald_parameters, printed_off_diagonal
 from tlmc.errors import ConfigError, DataError
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import descriptor_structures as ds
 import dscribe.descriptors
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from ase import Atoms
 from ase.build import molecule
 from scipy import integrate, special
 
+from helpers import descriptor_structures as ds
 from tlmc.descriptors import compiled_sums as kernels
 from tlmc.descriptors.harmonics import (
     degrees,

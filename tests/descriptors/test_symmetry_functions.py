@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-import descriptor_structures as ds
 import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
 from dscribe.descriptors import ACSF
 
+from helpers import descriptor_structures as ds
 from tlmc.descriptors.symmetry_functions import SymmetryFunctions
 from tlmc.errors import ConfigError
 

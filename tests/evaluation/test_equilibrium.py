@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from labelled import dataset, predictions
 
+from helpers.labelled import dataset, predictions
 from tlmc.errors import DataError
 from tlmc.evaluation import error_against_equilibrium, per_frame
 

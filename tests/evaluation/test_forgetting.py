@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 from ase.build import molecule
-from potential_references import toy_potential
-from test_finetune import labelled, quick, same_weights, student
-from tlmc.training.trainer import Trainer
 
+from helpers.potential_references import toy_potential
+from helpers.training import labelled, quick, same_weights, student
 from tlmc.data.splits import split_dataset
 from tlmc.errors import ConfigError
 from tlmc.evaluation.forgetting import forgetting
@@ -26,6 +25,7 @@ from tlmc.training.config import recipe
 from tlmc.training.fine_tuning import finetune
 from tlmc.training.loss import batch_loss
 from tlmc.training.replay import Replay, isolated_molecules
+from tlmc.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -3,13 +3,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import labelled
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from helpers import labelled
 from tlmc.data.loading import load_dataset
 from tlmc.errors import ConfigError, DataError
 from tlmc.evaluation.metrics import by_force_range, by_kind, correlation, evaluate, frame_force_rms, per_frame

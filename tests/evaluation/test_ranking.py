@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from labelled import dataset, predictions
 
+from helpers.labelled import dataset, predictions
 from tlmc.errors import ConfigError, DataError
 from tlmc.evaluation import packing_energies, ranking_table
 

@@ -1,20 +1,18 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from helpers.places import ROOT
 from tlmc import experiments
 from tlmc.data.loading import load_dataset
 from tlmc.errors import ConfigError, Interrupted
 from tlmc.experiments.experiment import CONVERGENCE, convergence, convergence_table, run_recipes
 from tlmc.experiments.records import read_records
 from tlmc.training import recipe
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture

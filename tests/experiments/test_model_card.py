@@ -11,8 +11,8 @@ import pytest
 import torch
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
-from potential_references import toy_potential
 
+from helpers.potential_references import toy_potential
 from tlmc.data.loading import dataset_from_frames
 from tlmc.experiments.experiment import run_experiment
 from tlmc.experiments.model_card import model_facts, model_page

@@ -4,20 +4,20 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_finetune import labelled
 
+from helpers.places import ROOT
+from helpers.training import labelled
 from tlmc.data.loading import load_dataset
 from tlmc.data.splits import shrunk, split_dataset
 from tlmc.errors import ConfigError, DataError
-from tlmc.experiments import records
 from tlmc.evaluation.metrics import Metric
+from tlmc.experiments import records
 from tlmc.experiments.records import (
     COLUMNS,
     append_records,
@@ -29,8 +29,6 @@ from tlmc.experiments.records import (
     rows_from_metrics,
     told_apart,
 )
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def row(**changes):

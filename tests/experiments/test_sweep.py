@@ -17,6 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import tlmc.study.parameters
+from helpers.places import ROOT
 from tlmc import potentials, provenance
 from tlmc.cli import app as cli
 from tlmc.errors import ConfigError, DataError, StudyError
@@ -33,8 +34,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
-
-ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / f"{sweeps.NOTEBOOK}.ipynb"
 
 GOOD = """\

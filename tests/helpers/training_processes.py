@@ -6,8 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from test_finetune import labelled, quick, student
-
+from helpers.training import labelled, quick, student
 from tlmc.data.splits import split_dataset
 from tlmc.potentials.model_files import save_model
 from tlmc.training.config import FinetuneConfig

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import labelled
 import numpy as np
 import pytest
 import torch
 from ase.build import molecule
 
+from helpers import labelled
 from tlmc.data.loading import load_dataset
 from tlmc.descriptors.coulomb import CoulombMatrix
 from tlmc.descriptors.ewald import EwaldMatrix

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk
-from labelling_calculators import Make, MakeArgon, Wrong, atoms_in_a_box
 from numpy.random import default_rng
 from typer.testing import CliRunner
 
+from helpers.labelling_calculators import Make, MakeArgon, Wrong, atoms_in_a_box
 from tlmc.cli import app
 from tlmc.errors import ConfigError, DataError
 from tlmc.files import sha256_file
@@ -153,12 +153,10 @@ def test_a_killed_run_resumes_to_the_same_file(tmp_path: Path) -> None:
         "import sys\n"
         "from pathlib import Path\n"
         "from tlmc.labelling import Method, label\n"
-        "from labelling_calculators import Make, atoms_in_a_box\n"
+        "from helpers.labelling_calculators import Make, atoms_in_a_box\n"
         f"label(atoms_in_a_box(12), Method('springs', Make(pause=0.4)), Path({str(target)!r}), processes=2)\n"
     )
-    path = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
-    process = subprocess.Popen([sys.executable, "-c", script], env=environment, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
     limit = time.monotonic() + 120
     while len(list(parts_of(target).glob("[0-9a-f]*-*.json"))) < 3:
         assert process.poll() is None, "the run ended before it could be killed"
@@ -181,7 +179,7 @@ def test_a_killed_run_resumes_to_the_same_file(tmp_path: Path) -> None:
 def test_ctrl_c_keeps_what_is_done_and_calls_nothing_failed(tmp_path: Path, group: bool) -> None:
     (tmp_path / "code.py").write_text(
         "import subprocess\n"
-        "from labelling_calculators import Springs\n\n\n"
+        "from helpers.labelling_calculators import Springs\n\n\n"
         "class Code(Springs):\n"
         "    def calculate(self, *arguments):\n"
         "        # like the programs behind ASE, which Ctrl-C ends too\n"
@@ -194,11 +192,7 @@ def test_ctrl_c_keeps_what_is_done_and_calls_nothing_failed(tmp_path: Path, grou
     target = tmp_path / "out.extxyz"
     command = [sys.executable, "-m", "tlmc.cli", "label", "frames.extxyz", "-o", "out.extxyz"]
     command += ["--method", "code.py:calculator", "--processes", "2"]
-    path = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
-    process = subprocess.Popen(
-        command, env=environment, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True)
     limit = time.monotonic() + 120
     while len(list(parts_of(target).glob("[0-9a-f]*-*.json"))) < 3:
         assert process.poll() is None, process.communicate()[1]

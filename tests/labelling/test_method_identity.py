@@ -8,8 +8,8 @@ from pathlib import Path
 import ase.io
 import pytest
 from ase import Atoms
-from labelling_calculators import Make, MakeArgon, Springs, Witness, atoms_in_a_box
 
+from helpers.labelling_calculators import Make, MakeArgon, Springs, Witness, atoms_in_a_box
 from tlmc.errors import ConfigError
 from tlmc.labelling import Method, identified, label, method
 from tlmc.labelling.identity import facts, settings_of

@@ -10,9 +10,9 @@ import pytest
 from ase import Atoms
 from ase.build import molecule
 from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_stress
-from labelling_calculators import MakeArgon
 from numpy.random import default_rng
 
+from helpers.labelling_calculators import MakeArgon
 from tlmc.errors import ConfigError, DataError
 from tlmc.labelling import (
     RECIPES,

@@ -9,10 +9,10 @@ import pytest
 import spglib
 from ase import Atoms, units
 from ase.build import bulk
-from labelling_calculators import Make, MakeArgon
 from numpy.random import default_rng
 from scipy.spatial.transform import Rotation
 
+from helpers.labelling_calculators import Make, MakeArgon
 from tlmc.errors import ConfigError, DataError
 from tlmc.labelling import (
     RECIPES,

@@ -9,8 +9,8 @@ import pytest
 from ase import Atoms
 from ase.calculators.calculator import Calculator
 from ase.constraints import FixAtoms
-from labelling_calculators import witness
 
+from helpers.labelling_calculators import witness
 from tlmc.errors import ConfigError, DataError
 from tlmc.labelling import (
     Method,

@@ -9,22 +9,13 @@ from ase import Atoms
 from ase.build import molecule
 from scipy.spatial.transform import Rotation
 
+from helpers.descriptor_structures import small_cell
 from tlmc.data.loading import load_dataset
 from tlmc.descriptors.soap import SOAP
 from tlmc.errors import ConfigError, DataError
 from tlmc.networks import BehlerParrinelloNetwork, DeepTensorNetwork
 
 R_CUT = 3.5
-
-
-def small_cell() -> Atoms:
-    """Return a crystal whose cell is shorter than the cutoff, so that atoms meet their own images."""
-    return Atoms(
-        "CO2",
-        [[0.1, 0.2, 0.3], [1.3, 0.3, 0.1], [2.4, 1.6, 1.9]],
-        cell=[[3.0, 0, 0], [0.4, 3.2, 0], [0.1, 0.3, 2.9]],
-        pbc=True,
-    )
 
 
 def ethanol() -> Atoms:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import labelled
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from ase.build import molecule
 from matplotlib.axes import Axes
 
+from helpers import labelled
 from tlmc import networks, plots, sampling
 from tlmc.data import analysis
 from tlmc.data.loading import load_dataset

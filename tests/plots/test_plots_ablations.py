@@ -6,8 +6,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from test_ablations import record
 
+from helpers.ablation_records import record
 from tlmc import plots
 from tlmc.errors import DataError
 from tlmc.thesis.ablations import table

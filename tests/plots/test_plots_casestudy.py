@@ -6,8 +6,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from labelled import random_set
 
+from helpers.labelled import random_set
 from tlmc import plots
 from tlmc.errors import DataError
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from potential_references import torchani_energy_and_forces, with_exact_celu
 
+from helpers.potential_references import torchani_energy_and_forces, with_exact_celu
 from tlmc.data.dataset import Dataset
 from tlmc.data.loading import load_dataset
 from tlmc.data.splits import split_dataset

@@ -12,7 +12,8 @@ from ase.calculators.calculator import PropertyNotImplementedError
 from ase.io import read
 from ase.md.verlet import VelocityVerlet
 from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
-from potential_references import (
+
+from helpers.potential_references import (
     METHANE,
     Auto3DAni2xt,
     torchani_ani2x,
@@ -20,7 +21,6 @@ from potential_references import (
     toy_potential,
     with_exact_celu,
 )
-
 from tlmc.descriptors.enrichment import fit_enrichment
 from tlmc.descriptors.pairs import neighbours
 from tlmc.errors import ConfigError, DataError, ModelError

@@ -8,9 +8,9 @@ import pickle
 import pytest
 import torch
 from ase.build import molecule
-from potential_references import toy_potential
 from safetensors.torch import save_file
 
+from helpers.potential_references import toy_potential
 from tlmc.errors import ModelError
 from tlmc.families.ani import relabel
 from tlmc.potentials import predict

@@ -9,10 +9,10 @@ from ase import Atoms
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from numpy.random import default_rng
-from potential_references import toy_potential
 from scipy.optimize import minimize
 from scipy.stats import norm, spearmanr
 
+from helpers.potential_references import toy_potential
 from tlmc.data.loading import dataset_from_frames, load_dataset
 from tlmc.data.splits import split_dataset
 from tlmc.descriptors.enrichment import fit_enrichment

@@ -14,9 +14,9 @@ from ase.phonons import Phonons
 from ase.spacegroup import crystal
 from ase.vibrations import Vibrations, VibrationsData
 from numpy.random import default_rng
-from potential_references import toy_potential
 from scipy.stats import kstest, norm
 
+from helpers.potential_references import toy_potential
 from tlmc.errors import ConfigError, DataError, ModelError
 from tlmc.labelling import method
 from tlmc.potentials import TlmcCalculator

@@ -19,8 +19,8 @@ import pytest
 from ase.calculators.singlepoint import SinglePointCalculator
 from nbformat import v4
 from PIL import Image
-from processes import heed_interrupts
 
+from helpers.processes import heed_interrupts
 from tlmc.data.loading import load_dataset
 from tlmc.errors import ConfigError, DataError, StudyError
 from tlmc.experiments.records import append_records

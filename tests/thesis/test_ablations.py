@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import ase.io
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 from ase.calculators.singlepoint import SinglePointCalculator
-from potential_references import toy_potential
-from test_finetune import labelled
 
+from helpers.ablation_records import record
+from helpers.places import ROOT
+from helpers.potential_references import toy_potential
+from helpers.training import labelled
 from tlmc.errors import ConfigError, DataError
 from tlmc.experiments.records import append_records, read_records
 from tlmc.experiments.run import Run
@@ -20,8 +20,6 @@ from tlmc.families.ani.transfer import first_members
 from tlmc.thesis import ablations
 from tlmc.thesis.ablations import ABLATIONS, E, F, carry_out, formatted, runs, table
 from tlmc.training.config import recipe
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +34,6 @@ def crystal(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "methanol.extxyz"
     ase.io.write(path, frames)
     return str(path)
-
-
-def record(recipe, seed, F=0.05, E=1.0, split="test", n_train=14, run="a", **others):
-    """Rows of one evaluation."""
-    cell = {
-        "study": "s", "dataset": "d", "start_model": "ani2x", "recipe": recipe, "seed": seed, "split": split,
-        "n_train": n_train, "run_id": run,
-    } | others  # fmt: skip
-    values = {"force_rmse_vector": (F, "eV/A"), "force_rmse_component": (F / 3**0.5, "eV/A")}
-    values["energy_rmse_per_atom"] = (E / 1000, "eV/atom")
-    return [cell | {"quantity": q, "value": value, "unit": unit} for q, (value, unit) in values.items()]
 
 
 def test_every_table_has_one_baseline_and_valid_settings():

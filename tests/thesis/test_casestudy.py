@@ -15,6 +15,7 @@ import pytest
 import yaml
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from helpers.places import ROOT
 from tlmc.data.analysis import packings
 from tlmc.data.loading import load_dataset
 from tlmc.errors import ConfigError, DataError, ModelError
@@ -24,8 +25,6 @@ from tlmc.paths import mirror_dir, reports_dir
 from tlmc.potentials import predict
 from tlmc.thesis import casestudy
 from tlmc.thesis.casestudy import REFITTED, START, TUNED, CaseStudy, load_crystals
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_trajectory(path, dataset):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,17 +16,17 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from test_finetune import labelled, same_weights, student
-from training_processes import CASES, settings
 
+from helpers.training import labelled, same_weights, student
+from helpers.training_processes import CASES, settings
 from tlmc.data.splits import split_dataset
 from tlmc.errors import ConfigError
 from tlmc.potentials.model_files import load_model
 from tlmc.training.distributed import ContactError, Group, check_backend, launch, processes
 from tlmc.training.fine_tuning import finetune
 
-WORKER = Path(__file__).with_name("training_processes.py")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+WORKER = ["-m", "helpers.training_processes"]
 
 
 def alive(pid: int) -> bool:
@@ -40,7 +39,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     environment = os.environ | {"TLMC_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     with open(folder / "killed.log", "w") as log:
-        killed = subprocess.Popen([*TORCHRUN, str(folder), "killed"], env=environment, stdout=log, stderr=log)
+        killed = subprocess.Popen([*TORCHRUN, *WORKER, str(folder), "killed"], env=environment, stdout=log, stderr=log)
         try:
             while not (folder / "runs" / "killed" / "history.csv").exists():
                 assert killed.poll() is None, (folder / "killed.log").read_text()
@@ -55,7 +54,7 @@ def folder(tmp_path_factory):
         time.sleep(0.05)
     assert not any(map(alive, pids))
     assert "the launcher of this training is gone" in (folder / "killed.log").read_text()
-    answer = subprocess.run([*TORCHRUN, str(folder), *CASES], env=environment, capture_output=True, text=True)
+    answer = subprocess.run([*TORCHRUN, *WORKER, str(folder), *CASES], env=environment, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
     return folder
 

@@ -17,12 +17,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from ase.build import molecule
 from jupyter_client.manager import start_new_kernel
-from potential_references import toy_potential
-from tlmc.training.trainer import Trainer
 
-from tlmc.data.dataset import Dataset
+from helpers.potential_references import toy_potential
+from helpers.training import labelled, quick, same_weights, student, teacher
 from tlmc.data.loading import load_dataset
 from tlmc.data.splits import Split, split_dataset
 from tlmc.errors import ConfigError, DataError, Interrupted, ModelError
@@ -34,6 +32,7 @@ from tlmc.potentials.model_files import load_model, save_model
 from tlmc.training.config import FinetuneConfig, recipe
 from tlmc.training.distributed import ContactError
 from tlmc.training.fine_tuning import finetune
+from tlmc.training.trainer import Trainer
 from tlmc.units import HARTREE
 
 finetuning = sys.modules[finetune.__module__]
@@ -43,49 +42,6 @@ finetuning = sys.modules[finetune.__module__]
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TLMC_CACHE_DIR", str(tmp_path / "cache"))
-
-
-def teacher():
-    return toy_potential(seed=7, dtype=torch.float32)
-
-
-def labelled(n_frames=20, seed=0) -> Dataset:
-    """Rattled methanol in a small periodic cell, labelled by a model the student does not know."""
-    rng = np.random.default_rng(seed)
-    frames = []
-    for _ in range(n_frames):
-        frame = molecule("CH3OH", cell=[4.6, 4.8, 5.0], pbc=True)
-        frame.positions += rng.normal(scale=0.08, size=(len(frame), 3))
-        frames.append(frame)
-    labels = predict(teacher(), frames)
-    return Dataset(
-        frames=tuple(frames),
-        energies=labels.energies + 3.0 * 6,
-        forces=labels.forces,
-        stresses=(None,) * n_frames,
-        name="methanol",
-        source="memory",
-        units="eV, eV/Angstrom",
-        level_of_theory="toy",
-        frame_numbers=np.arange(n_frames),
-    )
-
-
-def student():
-    return toy_potential(seed=1, dtype=torch.float32)
-
-
-def quick(**changes) -> FinetuneConfig:
-    return recipe("short", **({"epochs": 4, "lr": 3e-3} | changes))
-
-
-def same_weights(a, b) -> bool:
-    return all(
-        torch.equal(x, y)
-        for symbol in a.symbols
-        for layer, other in zip(a.networks[symbol], b.networks[symbol], strict=True)
-        for x, y in zip(layer, other, strict=True)
-    )
 
 
 def stop_at_step(patch, number, act=None):
@@ -222,7 +178,7 @@ def test_killed_process_resumes_to_the_same_weights(tmp_path):
     script = textwrap.dedent("""
         import sys, pathlib
         sys.path.insert(0, sys.argv[1])
-        import test_finetune as t
+        import test_fine_tuning as t
         data = t.labelled()
         parts, config = t.split_dataset(data, seed=0), t.quick(epochs=150)
         t.finetune(t.student(), data, parts, config, sys.argv[2], checkpoint_seconds=0.0)
@@ -546,7 +502,7 @@ def test_notebooks_show_a_bar_and_a_sentence_where_somebody_has_them_open(tmp_pa
         import os, signal, sys, warnings
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         warnings.simplefilter("ignore")  # of tqdm, where ipywidgets are missing
-        import pytest, test_finetune as t
+        import pytest, test_fine_tuning as t
         data = t.labelled()
         parts = t.split_dataset(data, seed=0)
         t.stop_at_step(pytest.MonkeyPatch(), 17, lambda: os.kill(os.getpid(), signal.SIGINT))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from ase.build import molecule
-from descriptor_structures import small_cell
-from potential_references import toy_potential
 
+from helpers.descriptor_structures import small_cell
+from helpers.potential_references import toy_potential
 from tlmc.descriptors.enrichment import fit_enrichment
 from tlmc.errors import ModelError
 from tlmc.families.ani import average, enrich, relabel

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 import torch
 from ase.build import molecule
-from potential_references import toy_potential
-from test_aev import small_cell
 
+from helpers.descriptor_structures import small_cell
+from helpers.potential_references import toy_potential
 from tlmc.data.loading import load_dataset
 from tlmc.descriptors.aev import aev, aev_jacobian
 from tlmc.descriptors.pairs import neighbours
 from tlmc.errors import ConfigError, DataError, ModelError
-from tlmc.families.ani.cache import build_cache
 from tlmc.families.ani import cache as module
+from tlmc.families.ani.cache import build_cache
 
 
 def frames():

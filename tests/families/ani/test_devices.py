@@ -10,24 +10,24 @@ import pandas as pd
 import pytest
 import torch
 from ase.build import molecule
-from potential_references import toy_potential
-from test_aev import small_cell
-from test_engine import engine_gradient, labels
-from test_finetune import labelled, quick, same_weights, student, teacher
-from tlmc.training.trainer import Trainer
 
+from helpers.descriptor_structures import small_cell
+from helpers.engine_gradients import engine_gradient, labels
+from helpers.potential_references import toy_potential
+from helpers.training import labelled, quick, same_weights, student, teacher
 from tlmc.data.splits import split_dataset
 from tlmc.errors import ConfigError
+from tlmc.families.ani import engine as engine_module
 from tlmc.families.ani.batch import merge
 from tlmc.families.ani.cache import build_cache
 from tlmc.families.ani.device_cache import DeviceCache, find_device
 from tlmc.families.ani.engine import Engine, TorchSweeps
 from tlmc.potentials import predict
-from tlmc.families.ani import engine as engine_module
 from tlmc.training.distributed import Group
 from tlmc.training.fine_tuning import finetune
 from tlmc.training.loss import batch_loss
 from tlmc.training.optimizer import Update
+from tlmc.training.trainer import Trainer
 
 META = torch.device("meta")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")

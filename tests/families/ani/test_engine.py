@@ -10,40 +10,23 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 from ase.units import Hartree
-from potential_references import torchani_ani2x, toy_potential, with_exact_celu
-from test_aev import small_cell
 
+from helpers.descriptor_structures import small_cell
+from helpers.engine_gradients import LAMBDA, engine_gradient, labels
+from helpers.potential_references import torchani_ani2x, toy_potential, with_exact_celu
 from tlmc.data.loading import load_dataset
 from tlmc.errors import ConfigError
+from tlmc.families.ani import engine as module
 from tlmc.families.ani import relabel, to_torchani, trainable_layers
 from tlmc.families.ani.batch import merge
 from tlmc.families.ani.cache import build_cache
 from tlmc.families.ani.compiled_sweeps import CompiledSweeps, kernels
 from tlmc.families.ani.engine import Engine, TorchSweeps
 from tlmc.potentials import predict
-from tlmc.families.ani import engine as module
 from tlmc.training.loss import batch_loss
 from tlmc.training.optimizer import Update
 
-LAMBDA = 0.6
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-
-
-def labels(frames, seed=1):
-    """Energies and forces far enough from any model that nothing cancels."""
-    rng = np.random.default_rng(seed)
-    return rng.normal(-2.0, 1.0, len(frames)) * [len(f) for f in frames], [rng.normal(size=(len(f), 3)) for f in frames]
-
-
-def engine_gradient(model, frames, dtype, folder, trainable=(True,) * 4):
-    """Engine after one loss gradient on all frames as one batch, and the loss."""
-    cache = build_cache(model, frames, dtype, folder)
-    engine = Engine(model.to(dtype), cache, trainable)
-    energies, forces = labels(frames)
-    ordered = torch.cat([torch.from_numpy(f)[cache[i].order] for i, f in enumerate(forces)]).to(dtype)
-    loss = partial(batch_loss, lambda_=LAMBDA)
-    result = engine.loss_gradient(merge(cache.structures), torch.from_numpy(energies), ordered, loss)
-    return engine, result.loss.item()
 
 
 def torchani_gradient(model, network, frames):

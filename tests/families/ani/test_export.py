@@ -8,7 +8,8 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 from ase.units import Hartree
-from potential_references import (
+
+from helpers.potential_references import (
     METHANE,
     ani2x_from_the_mirror,
     torchani_ani2x,
@@ -16,7 +17,6 @@ from potential_references import (
     toy_potential,
     with_exact_celu,
 )
-
 from tlmc.descriptors.enrichment import fit_enrichment
 from tlmc.errors import ModelError
 from tlmc.families.ani import Layer, average, enrich, export_state_dict, extend, relabel, scratch, to_torchani

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from potential_references import ExactCelu, toy_potential
 
+from helpers.potential_references import ExactCelu, toy_potential
 from tlmc.families.ani.network import backward, forward
 
 

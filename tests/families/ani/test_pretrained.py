@@ -10,17 +10,17 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import potential_references  # noqa: F401 (imports torchani without its warning)
 import pytest
 import torch
 import torchani.aev
 from ase.units import Hartree
-from potential_references import METHANE
 
+import helpers.potential_references  # noqa: F401 (imports torchani without its warning)
+from helpers.potential_references import METHANE
 from tlmc.errors import ModelError
+from tlmc.families.ani import pretrained
 from tlmc.files import sha256_file
 from tlmc.paths import PACKAGE_DIR
-from tlmc.families.ani import pretrained
 from tlmc.potentials import load_start_model, predict, reachable, start_models
 from tlmc.potentials.start_models import weights_path
 

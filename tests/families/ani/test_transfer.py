@@ -9,8 +9,8 @@ from ase import Atoms
 from ase.build import molecule
 from ase.neighborlist import neighbor_list
 from numpy.random import default_rng
-from potential_references import torchani_energy_and_forces, toy_potential, with_exact_celu
 
+from helpers.potential_references import torchani_energy_and_forces, toy_potential, with_exact_celu
 from tlmc.errors import ConfigError, ModelError
 from tlmc.families.ani import extend, relabel, scratch, to_torchani, trainable_layers
 from tlmc.potentials import predict

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 from ase.build import molecule
-from potential_references import toy_potential
-from test_aev import small_cell
-from test_finetune import labelled, quick, same_weights, student
-from tlmc.training.trainer import Trainer
 
+from helpers.descriptor_structures import small_cell
+from helpers.potential_references import toy_potential
+from helpers.training import labelled, quick, same_weights, student
 from tlmc.data.splits import split_dataset
 from tlmc.errors import ConfigError
 from tlmc.families.ani.batch import merge
@@ -22,6 +21,7 @@ from tlmc.families.ani.warm_start import design_matrix, ridge_start
 from tlmc.training.config import recipe
 from tlmc.training.fine_tuning import finetune
 from tlmc.training.loss import batch_loss
+from tlmc.training.trainer import Trainer
 
 
 def engine_of(frames, folder, seed=0):

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from labelled import dataset
-from tlmc.families.sevennet import model as sevennet
-from tlmc.potentials import predict, load_start_model
 
+from helpers.labelled import dataset
 from tlmc.errors import ConfigError, ModelError
+from tlmc.families.sevennet import model as sevennet
 from tlmc.families.sevennet.model import SHA256, read_checkpoint
 from tlmc.files import sha256_file
+from tlmc.potentials import load_start_model, predict
 
 
 @pytest.fixture(scope="module")
