@@ -271,11 +271,24 @@ class TestMake:
         command = ["make", "--no-print-directory", "-C", str(ROOT), "-n", "-W", "constraints.txt", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    @pytest.mark.parametrize("target", ["study", "test", "test-cluster", "lint", "bench", "notebooks", "clean", "help"])
+    @pytest.mark.parametrize("target", ["study", "test", "test-fast", "test-cluster", "lint", "bench", "notebooks", "clean", "help"])
     def test_targets_exist_and_are_documented(self, target):
         self.dry_run(target)
         listing = subprocess.run(["make", "-C", str(ROOT), "help"], capture_output=True, text=True, check=True).stdout
         assert re.search(rf"make {target}\b +\w", listing) or target == "help"
+
+    def test_the_fast_tests_are_a_part_of_all(self):
+        fast, whole = self.dry_run("test-fast"), self.dry_run("test")
+        assert '-m "not slow"' in fast
+        assert "-m mypy" not in fast
+        assert "-m slow" not in whole
+        assert "not slow" not in whole
+        assert "ruff check" in fast
+
+    def test_folders_of_numerical_tests_exist_and_hold_tests(self):
+        [folders] = re.findall(r"^NUMERICAL := \$\(addprefix tests/,(.+)\)$", (ROOT / "Makefile").read_text(), re.M)
+        for name in folders.split():
+            assert list((ROOT / "tests" / name).rglob("test_*.py")), name
 
     @pytest.mark.parametrize("target", ["study", "test"])
     def test_changed_pins_are_installed_before_anything_runs(self, target):

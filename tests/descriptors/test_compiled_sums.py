@@ -239,8 +239,8 @@ def test_without_compiled_functions(setting, tmp_path):
     program = (
         "import logging; logging.basicConfig()\n"
         "from ase.build import molecule\n"
-        "from tlmc.descriptors import SOAP, kernels\n"
-        "print(SOAP(['H', 'O'], 3.0, 3, 2)(molecule('H2O')).sum().item(), kernels.kernels())\n"
+        "from tlmc.descriptors import SOAP, compiled_sums\n"
+        "print(SOAP(['H', 'O'], 3.0, 3, 2)(molecule('H2O')).sum().item(), compiled_sums.kernels())\n"
     )
     environment = os.environ | {"TLMC_CACHE_DIR": str(tmp_path)} | setting
     answer = subprocess.run(
