@@ -10,8 +10,8 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install study test test-python test-processors test-notebooks test-cluster lint bench notebooks strip clean \
-	clean-runs
+.PHONY: help install study test test-fast test-python test-processors test-notebooks test-cluster lint bench notebooks \
+	strip clean clean-runs
 
 PROFILE ?= laptop
 JOBS ?= 2
@@ -25,10 +25,7 @@ PIP_VERSION := 26.3
 # one thread per test process: two processes with two threads each are slower than either alone
 TEST_ENV := OMP_NUM_THREADS=1
 # the tests whose numbers depend on how a processor adds up
-NUMERICAL := $(addprefix tests/test_,$(addsuffix .py,aev ani atomistic average behler_parrinello bispectrum borrowing \
-	cache calculator checkpoint committee coulomb deep_tensor descriptor_kernels descriptors devices energy_curve engine \
-	enrichment ewald export finetune fitting gap gdml gpr kernel_functions loss low_rank mlp network normal_modes \
-	optimizers pretrained soap symmetry_functions transfer warm_start))
+NUMERICAL := $(addprefix tests/,descriptors families kernel_methods networks potentials sampling training)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +36,11 @@ study: $(STAMP) ## run the notebooks of a profile and leave reports/index.html
 	$(PY) -m tlmc.cli study --profile $(PROFILE) $(STUDY_FLAGS)
 
 test: lint test-python test-notebooks ## lint, the test suite, and every notebook against its stored outputs
+
+test-fast: $(STAMP) ## ruff and the quick tests within two minutes: no mypy, no notebooks, nothing marked slow (trainings, processes)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(TEST_ENV) $(PY) -m pytest -q -n $(JOBS) --dist loadscope -m "not slow" --durations 5 tests
 
 test-python: $(STAMP) ## the test suite alone
 	$(TEST_ENV) $(PY) -m pytest -n $(JOBS) --dist loadscope tests

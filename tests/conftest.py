@@ -1,16 +1,21 @@
-"""Set-up shared by all tests: nothing is written to the tracked reports, and mirror tests say why they skip."""
+"""Set-up shared by all tests: own reports and caches, and mirror tests say why they skip."""
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import platformdirs
 import pytest
 
+from tlmc.paths import cache_dir
 from tlmc.potentials import Potential, load_start_model
 
+CACHES_OF_TOOLS = ("fontconfig", "matplotlib", "pip")
 MIRRORS = ("TLMC_DATA_DIR", "TORCHANI_DATA_DIR")
 
 
@@ -21,6 +26,31 @@ def _missing_mirrors() -> list[str]:
 
 def _mirror_is_required() -> bool:
     return os.environ.get("TLMC_REQUIRE_MIRROR", "") not in ("", "0")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give all workers of a run one cache folder, and what tests start the path to ``helpers``.
+
+    The user's own cache is neither written nor used; weights in it, fetched once per machine, are copied (their hashes
+    are checked where they are read).
+    """
+    if hasattr(config, "workerinput"):
+        return  # a worker inherits the environment
+    folder = tempfile.TemporaryDirectory(prefix="tlmc-tests-", ignore_cleanup_errors=True)
+    config.add_cleanup(folder.cleanup)
+    patch = pytest.MonkeyPatch()
+    config.add_cleanup(patch.undo)
+    cache, general = Path(folder.name, "cache"), Path(folder.name, "general")
+    if (weights := cache_dir() / "start-models").is_dir():
+        shutil.copytree(weights, cache / "start-models")
+    general.mkdir()
+    for name in CACHES_OF_TOOLS:
+        if (own := Path(platformdirs.user_cache_dir(name))).is_dir():
+            (general / name).symlink_to(own)
+    patch.setenv("TLMC_CACHE_DIR", str(cache))
+    # the folder of tlmc.paths.user_cache_dir lies in it
+    patch.setenv("XDG_CACHE_HOME", str(general))
+    patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -11,12 +11,14 @@ import pytest
 import torch
 from ase.build import molecule
 
-from tlmc import experiments, potentials, sampling, training
+from tlmc import potentials, sampling, training
 from tlmc.arguments import checked
 from tlmc.data import loading as datasets
 from tlmc.data import splits
 from tlmc.errors import ConfigError
+from tlmc.experiments import experiment as experiments
 from tlmc.experiments.run import make_run
+from tlmc.families import ani
 from tlmc.plots import views
 
 
@@ -87,7 +89,7 @@ def test_python_says_what_is_missing_and_help_stays():
         (lambda d, m: training.recipe(["short"]), "recipe: name must be of type str, got ['short']"),
         (lambda d, m: training.recipe("short", epochs="many"), "recipe short: epochs = 'many': "),
         (lambda d, m: training.recipe("scratch", seed=2**64), f"recipe scratch: seed = {2**64}: Input should be less "),
-        (lambda d, m: training.load_model(5), "load_model: path must be of type "),
+        (lambda d, m: potentials.load_model(5), "load_model: path must be of type "),
         (lambda d, m: potentials.load_start_model("ani3"), "unknown start model 'ani3'"),
         (
             lambda d, m: potentials.predict(m, d.frames[0]),
@@ -95,18 +97,18 @@ def test_python_says_what_is_missing_and_help_stays():
         ),
         (lambda d, m: potentials.predict(m, ["a.xyz"]), "predict: frames must be of type Sequence[Atoms], got ['a.xyz"),
         (lambda d, m: potentials.predict(m, d), "predict: frames must be of type Sequence[Atoms], got an object of ty"),
-        (lambda d, m: potentials.energy_spread(m, d.frames[0]), "energy_spread: frames must be of type Sequence[Atoms"),
+        (lambda d, m: ani.energy_spread(m, d.frames[0]), "energy_spread: frames must be of type Sequence[Atoms"),
         (lambda d, m: potentials.TlmcCalculator("ani2xt"), "TlmcCalculator: potential must be of type Potential, got"),
         (lambda d, m: potentials.TlmcCalculator((m, {})), "TlmcCalculator: potential must be of type Potential, got ("),
         (lambda d, m: potentials.TlmcCalculator(m, device=0), "TlmcCalculator: device must be of type str | torch.dev"),
-        (lambda d, m: potentials.average(m), "average: models must be of type Sequence[Potential], got an object of t"),
-        (lambda d, m: potentials.average(["a.safetensors", "b.safetensors"]), "average: models must be of type Sequen"),
-        (lambda d, m: potentials.export_state_dict(m, None), "export_state_dict: path must be of type Path | str, got"),
-        (lambda d, m: training.save_model(m, None), "save_model: path must be of type Path | str, got None"),
+        (lambda d, m: ani.average(m), "average: models must be of type Sequence[Potential], got an object of t"),
+        (lambda d, m: ani.average(["a.safetensors", "b.safetensors"]), "average: models must be of type Sequen"),
+        (lambda d, m: ani.export_state_dict(m, None), "export_state_dict: path must be of type Path | str, got"),
+        (lambda d, m: potentials.save_model(m, None), "save_model: path must be of type Path | str, got None"),
         (lambda d, m: sampling.predict_committee([m, "b"], d.frames), "predict_committee: models must be of type Pote"),
         (lambda d, m: views.gallery(d.frames[0]), "gallery: structures must be of type Iterable[Atoms], got an object"),
         (lambda d, m: views.gallery(["a.xyz"]), "gallery: structures must be of type Iterable[Atoms], got ['a.xyz']"),
-        (lambda d, m: potentials.relabel(m, "Si=C"), "relabel: mapping must be of type Mapping[str, str], got 'Si=C'"),
+        (lambda d, m: ani.relabel(m, "Si=C"), "relabel: mapping must be of type Mapping[str, str], got 'Si=C'"),
         (lambda d, m: experiments.run_recipes(m, d, ["short"], 0), "n_seeds must be at least 1, got 0"),
         (lambda d, m: experiments.run_recipes(m, d, ["short"], -1), "n_seeds must be at least 1, got -1"),
         (lambda d, m: experiments.run_recipes(m, d, "short", 1), "run_recipes: recipes must be of type Sequence[str]"),
@@ -129,7 +131,7 @@ def test_functions_of_the_package(call, sentence, dataset, ani2xt):
 
 def test_what_users_have_at_hand_is_taken(dataset, ani2xt):
     """Numbers of numpy, devices of torch, frames in an array or still in their file."""
-    assert potentials.scratch(ani2xt, np.int64(3)) == potentials.scratch(ani2xt, 3)
+    assert ani.scratch(ani2xt, np.int64(3)) == ani.scratch(ani2xt, 3)
     two = dataset.frames[:2]
     array = np.empty(2, dtype=object)
     array[:] = two

@@ -9,13 +9,13 @@ from pathlib import Path
 import ase.io
 import numpy as np
 import pytest
-from argon import argon, labelled
 from ase import Atoms
 from ase.build import molecule
 from ase.calculators.lj import LennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms, FixBondLengths, FixCartesian, FixCom, FixedLine, FixedPlane, FixScaled, Hookean
 
+from helpers.argon import argon, labelled
 from tlmc.data.loading import dataset_from_frames, load_dataset
 from tlmc.errors import DataError
 from tlmc.labelling import Method, label

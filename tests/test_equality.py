@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 import torch
 from ase.build import molecule
-from potential_references import toy_potential
 
 import tlmc
+from helpers.potential_references import toy_potential
 from tlmc.data.splits import Split
 from tlmc.descriptors.enrichment import fit_enrichment
 from tlmc.equality import equal_by_content, same

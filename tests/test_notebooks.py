@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import nbformat
@@ -15,11 +14,11 @@ import pytest
 import yaml
 from nbformat import v4
 
+from helpers.places import ROOT
 from tlmc.errors import ConfigError
 from tlmc.study import profiles
 from tlmc.thesis.casestudy import THESIS_TABLE
 
-ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PROFILES = sorted((ROOT / "notebooks" / "profiles").glob("*/*.yml"))
 

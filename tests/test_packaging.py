@@ -20,11 +20,11 @@ import yaml
 from ase.calculators.singlepoint import SinglePointCalculator
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from test_finetune import labelled, student
 
+from helpers.places import ROOT
+from helpers.training import labelled, student
 from tlmc.potentials.model_files import save_model
 
-ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
 PINNED = {canonicalize_name(name): pin for name, pin in PINS.items()}
@@ -128,12 +128,10 @@ def test_every_import_is_a_declared_dependency():
 
 def test_package_holds_its_data_files():
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["tlmc"]
-    others = {
-        path.relative_to(ROOT / "tlmc").as_posix()
-        for path in (ROOT / "tlmc").rglob("*")
-        if path.is_file() and path.suffix not in (".py", ".pyc")
-    }
-    assert others == set(patterns)
+    others = {path for path in (ROOT / "tlmc").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    named = [set((ROOT / "tlmc").glob(pattern)) for pattern in patterns]
+    assert all(named)
+    assert others == set().union(*named)
 
 
 @pytest.fixture(scope="module")
@@ -271,11 +269,26 @@ class TestMake:
         command = ["make", "--no-print-directory", "-C", str(ROOT), "-n", "-W", "constraints.txt", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    @pytest.mark.parametrize("target", ["study", "test", "test-cluster", "lint", "bench", "notebooks", "clean", "help"])
+    @pytest.mark.parametrize(
+        "target", ["study", "test", "test-fast", "test-cluster", "lint", "bench", "notebooks", "clean", "help"]
+    )
     def test_targets_exist_and_are_documented(self, target):
         self.dry_run(target)
         listing = subprocess.run(["make", "-C", str(ROOT), "help"], capture_output=True, text=True, check=True).stdout
         assert re.search(rf"make {target}\b +\w", listing) or target == "help"
+
+    def test_the_fast_tests_are_a_part_of_all(self):
+        fast, whole = self.dry_run("test-fast"), self.dry_run("test")
+        assert '-m "not slow"' in fast
+        assert "-m mypy" not in fast
+        assert "-m slow" not in whole
+        assert "not slow" not in whole
+        assert "ruff check" in fast
+
+    def test_folders_of_numerical_tests_exist_and_hold_tests(self):
+        [folders] = re.findall(r"^NUMERICAL := \$\(addprefix tests/,(.+)\)$", (ROOT / "Makefile").read_text(), re.M)
+        for name in folders.split():
+            assert list((ROOT / "tests" / name).rglob("test_*.py")), name
 
     @pytest.mark.parametrize("target", ["study", "test"])
     def test_changed_pins_are_installed_before_anything_runs(self, target):

@@ -55,13 +55,13 @@ def test_code_hash_sees_files_of_every_kind_but_those_of_tools(tmp_path, monkeyp
     monkeypatch.setattr(provenance, "PACKAGE_DIR", tmp_path)
     (tmp_path / "training").mkdir()
     seen = {provenance.code_hash()}
-    for name in ("training/kernels.c", "compiled.h", "registry.json", "report.html", "py.typed"):
+    for name in ("training/sweeps.c", "compiled.h", "registry.json", "report.html", "py.typed"):
         for text in ("a", "b"):
             (tmp_path / name).write_text(text)
             seen.add(provenance.code_hash())
     assert len(seen) == 11
     (tmp_path / "__pycache__").mkdir()
-    for name in ("__pycache__/a.cpython-311.pyc", ".kernels.c.swp"):
+    for name in ("__pycache__/a.cpython-311.pyc", ".sweeps.c.swp"):
         (tmp_path / name).write_text("a")
     assert provenance.code_hash() in seen
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from helpers.places import ROOT
 from tlmc.experiments.records import comparison_table, format_comparison, read_records
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TABLE = re.compile(r"<!-- table: study=(\S+) dataset=(\S+) -->\n(.*?)<!-- end of table -->", re.DOTALL)
 

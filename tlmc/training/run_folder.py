@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from tlmc.data.splits import Split
+from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError, ModelError
 from tlmc.files import atomic_path, claim, held, write_json
 from tlmc.potentials.model import Potential
@@ -26,6 +27,7 @@ from tlmc.training.trainer import State
 _LOG = logging.getLogger(__name__)
 
 
+@equal_by_content
 class Finished(NamedTuple):
     """What a run folder holds in the end."""
 

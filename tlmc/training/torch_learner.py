@@ -11,11 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tlmc.equality import equal_by_content
 from tlmc.training.learner import EnergiesForces, Learner, Loss
 from tlmc.training.loss import LossAndSlopes
 from tlmc.training.optimizer import Update, apply
 
 
+@equal_by_content
 class ModuleBatch(NamedTuple):
     """Some frames as a module takes them."""
 

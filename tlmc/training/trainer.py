@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from tlmc.data.splits import Split
+from tlmc.equality import equal_by_content
 from tlmc.errors import ModelError
 from tlmc.potentials.model import Potential
 from tlmc.training.config import FinetuneConfig
@@ -33,7 +34,8 @@ _PORTION: Final = 16
 """Structures that are evaluated together, without a step, by one process."""
 
 
-@dataclass
+@equal_by_content
+@dataclass(eq=False)
 class State:
     """Everything that changes while training; a checkpoint holds exactly this."""
 

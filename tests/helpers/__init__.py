@@ -1,0 +1,1 @@
+"""What several tests need; tests/ is on the path of tests and of the processes that they start."""
