@@ -10,14 +10,12 @@ from types import UnionType
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
 
 import numpy as np
-from ase import Atoms
 
 from tlmc.errors import ConfigError
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-_NO_SEQUENCE = (str, bytes, Mapping, Atoms)
 _SHOWN = (str, int, float, list, tuple, dict, type(None))
 _NUMBERS: dict[Any, tuple[type, ...]] = {int: (Integral,), float: (Real,), bool: (bool, np.bool_)}
 
@@ -77,11 +75,18 @@ def _fits(value: Any, hint: Any) -> bool:
     kind = origin or hint
     if kind in (Sequence, Iterable):
         wanted = ("__len__", "__getitem__") if kind is Sequence else ("__iter__",)
-        listed = all(hasattr(value, name) for name in wanted) and not isinstance(value, _NO_SEQUENCE)
+        listed = all(hasattr(value, name) for name in wanted) and not _is_one_thing(value)
         # others may have to read each item from a file
         looked_at = value if isinstance(value, list | tuple | np.ndarray) else ()
         classes = [one for one in inner if inspect.isclass(one) and one not in _NUMBERS]
         return listed and all(isinstance(item, one) for one in classes for item in looked_at)
     if kind in (tuple, list):
-        return hasattr(value, "__len__") and not isinstance(value, _NO_SEQUENCE)
+        return hasattr(value, "__len__") and not _is_one_thing(value)
     return not inspect.isclass(kind) or kind is np.ndarray or isinstance(value, kind)
+
+
+def _is_one_thing(value: Any) -> bool:
+    """Tell whether something that has items is no sequence of them."""
+    from ase import Atoms  # for which the help of the command line need not wait
+
+    return isinstance(value, str | bytes | Mapping | Atoms)

@@ -527,7 +527,7 @@ def average(
 
     tlmc evaluate mean.safetensors my.extxyz --split reports/runs/one/split.json
     """
-    from tlmc.families.ani.average import average as mean_of
+    from tlmc.families.ani.averaging import average as mean_of
     from tlmc.files import sha256_file
     from tlmc.potentials.model_files import load_model, save_model
 

@@ -12,8 +12,9 @@ The modules are loaded when a name is first used: training needs :mod:`tlmc.desc
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tlmc.lazy import loaded_at_use
 
 if TYPE_CHECKING:
     from tlmc.descriptors.ani import AtomicEnvironmentVector
@@ -34,18 +35,15 @@ __all__ = [
     "SymmetryFunctions",
 ]
 
-_MODULES = {
-    "SOAP": "soap",
-    "AtomicEnvironmentVector": "ani",
-    "Bispectrum": "bispectrum",
-    "CoulombMatrix": "coulomb",
-    "Descriptor": "base",
-    "EwaldMatrix": "ewald",
-    "SymmetryFunctions": "symmetry_functions",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = loaded_at_use(
+    __name__,
+    {
+        "AtomicEnvironmentVector": "ani",
+        "Descriptor": "base",
+        "Bispectrum": "bispectrum",
+        "CoulombMatrix": "coulomb",
+        "EwaldMatrix": "ewald",
+        "SOAP": "soap",
+        "SymmetryFunctions": "symmetry_functions",
+    },
+)

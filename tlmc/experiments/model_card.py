@@ -12,7 +12,8 @@ from tlmc.families.ani.pretrained import registered
 from tlmc.potentials.model import Potential
 from tlmc.potentials.model_files import load_model
 from tlmc.potentials.start_models import load_start_model, start_models, weights_path
-from tlmc.training.config import RECIPES, FinetuneConfig
+from tlmc.training.config import FinetuneConfig
+from tlmc.training.recipes import recipes
 
 _TABLE: Final = {
     "force_rmse_vector": ("forces", 1.0, "eV/A (vector RMSE)", 4),
@@ -175,7 +176,7 @@ def _recipe(config: Mapping[str, Any]) -> str:
         if key not in (*main, "recipe") and value != defaults.get(key)
     ]
     name = config.get("recipe", "unknown")
-    known = "" if str(name).partition(",")[0] in RECIPES else " (no recipe of this version)"
+    known = "" if str(name).partition(",")[0] in recipes() else " (no recipe of this version)"
     return f"{name}{known}: {', '.join([*shown, *others])}"
 
 

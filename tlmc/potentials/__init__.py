@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from tlmc.potentials.borrowing import THESIS_DONORS, Borrowing, parse_element_map
-from tlmc.potentials.calculator import TlmcCalculator, predict
-from tlmc.potentials.model import Potential, Predictions
-from tlmc.potentials.model_files import load_model, save_model
-from tlmc.potentials.reference import ReferenceEnergies, fit_reference
+from typing import TYPE_CHECKING
+
+from tlmc.lazy import loaded_at_use
 from tlmc.potentials.start_models import load_start_model, reachable, start_models, weights_path
+
+if TYPE_CHECKING:
+    from tlmc.potentials.borrowing import THESIS_DONORS, Borrowing, parse_element_map
+    from tlmc.potentials.calculator import TlmcCalculator, predict
+    from tlmc.potentials.model import Potential, Predictions
+    from tlmc.potentials.model_files import load_model, save_model
+    from tlmc.potentials.reference import ReferenceEnergies, fit_reference
 
 __all__ = [
     "THESIS_DONORS",
@@ -26,3 +31,20 @@ __all__ = [
     "start_models",
     "weights_path",
 ]
+
+__getattr__ = loaded_at_use(
+    __name__,
+    {
+        "THESIS_DONORS": "borrowing",
+        "Borrowing": "borrowing",
+        "parse_element_map": "borrowing",
+        "TlmcCalculator": "calculator",
+        "predict": "calculator",
+        "Potential": "model",
+        "Predictions": "model",
+        "load_model": "model_files",
+        "save_model": "model_files",
+        "ReferenceEnergies": "reference",
+        "fit_reference": "reference",
+    },
+)

@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ase import Atoms
-
-from tlmc.potentials.model import Potential
-
 if TYPE_CHECKING:
+    from ase import Atoms
+
     from tlmc.data.dataset import Dataset
     from tlmc.data.splits import Split
+    from tlmc.potentials.model import Potential
     from tlmc.training.config import FinetuneConfig
     from tlmc.training.distributed import Group
     from tlmc.training.learner import Learner

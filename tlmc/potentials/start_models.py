@@ -11,13 +11,15 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import tlmc.families
 from tlmc.arguments import checked
 from tlmc.errors import ModelError, nearest_first
 from tlmc.potentials.family import Family
-from tlmc.potentials.model import Potential
+
+if TYPE_CHECKING:
+    from tlmc.potentials.model import Potential
 
 
 @functools.cache

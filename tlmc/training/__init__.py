@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
-from tlmc.training.config import RECIPES, FinetuneConfig, RicherColumns, recipe
-from tlmc.training.fine_tuning import FinetuneResult, finetune
+from typing import TYPE_CHECKING
+
+from tlmc.lazy import loaded_at_use
+
+if TYPE_CHECKING:
+    from tlmc.training.config import FinetuneConfig, RicherColumns, recipe
+    from tlmc.training.fine_tuning import FinetuneResult, finetune
+    from tlmc.training.recipes import RECIPES
 
 __all__ = ["RECIPES", "FinetuneConfig", "FinetuneResult", "RicherColumns", "finetune", "recipe"]
+
+__getattr__ = loaded_at_use(
+    __name__,
+    {
+        "RECIPES": "recipes",
+        "FinetuneConfig": "config",
+        "RicherColumns": "config",
+        "recipe": "config",
+        "FinetuneResult": "fine_tuning",
+        "finetune": "fine_tuning",
+    },
+)

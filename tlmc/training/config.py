@@ -1,9 +1,8 @@
-"""Settings of a fine-tuning, and recipes: named sets of them."""
+"""Settings of a fine-tuning, as they are or from a recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -11,8 +10,9 @@ from tlmc.arguments import checked
 from tlmc.descriptors.enrichment import Compression
 from tlmc.errors import ConfigError, nearest_first, problems_of
 from tlmc.potentials.family import Family
-from tlmc.potentials.start_models import families
 from tlmc.training.loss import LossKind
+from tlmc.training.recipes import RECIPES as RECIPES
+from tlmc.training.recipes import recipes as recipes
 
 
 class RicherColumns(BaseModel):
@@ -98,32 +98,6 @@ class FinetuneConfig(BaseModel):
         if self.init == "scratch" and self.replay:
             raise ValueError("replay keeps what the start model knows, which init = 'scratch' throws away")
         return self
-
-
-# at three times the rate single frames far from the others come out much worse
-_RICH: dict[str, Any] = {
-    "epochs": 60, "lambda_": 0.1, "lr": 1e-4, "weight_decay": 0.01, "schedule": "cosine", "warmup_epochs": 1,
-    "loss": "huber", "huber_delta": 0.1, "richer": {"kind": "soap"},
-}  # fmt: skip
-
-RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
-    "thesis": {},
-    "short": {"epochs": 60, "lambda_": 0.1, "lr": 3e-4, "weight_decay": 0.01, "schedule": "cosine"},
-    "quick": {
-        "epochs": 30, "batch_size": 4, "lambda_": 0.1, "lr": 6e-4, "weight_decay": 0.01, "schedule": "cosine",
-        "warmup_epochs": 1.0,
-    },
-    "scratch": {"init": "scratch"},
-    "frozen": {"layers": "hidden"},
-    "rich": _RICH,
-    "thorough": _RICH | {"epochs": 150},
-}  # fmt: skip
-"""Named settings, as differences from the thesis protocol."""
-
-
-def recipes() -> dict[str, Mapping[str, Any]]:
-    """Return all named settings: :data:`RECIPES`, and those that families bring for their own models."""
-    return {**RECIPES, **{name: r for family in families().values() for name, r in family.recipes.items()}}
 
 
 @checked

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from tlmc.families.ani.average import average
-from tlmc.families.ani.batch import merge
-from tlmc.families.ani.cache import DescriptorCache, build_cache
-from tlmc.families.ani.engine import Engine
-from tlmc.families.ani.evaluation import energy_spread, member_energies
-from tlmc.families.ani.export import export_state_dict, to_torchani
-from tlmc.families.ani.model import AniPotential, Layer
-from tlmc.families.ani.transfer import enrich, extend, relabel, scratch, trainable_layers
+from typing import TYPE_CHECKING
+
+from tlmc.lazy import loaded_at_use
+
+if TYPE_CHECKING:
+    from tlmc.families.ani.averaging import average
+    from tlmc.families.ani.batch import merge
+    from tlmc.families.ani.cache import DescriptorCache, build_cache
+    from tlmc.families.ani.engine import Engine
+    from tlmc.families.ani.evaluation import energy_spread, member_energies
+    from tlmc.families.ani.export import export_state_dict, to_torchani
+    from tlmc.families.ani.model import AniPotential, Layer
+    from tlmc.families.ani.transfer import enrich, extend, relabel, scratch, trainable_layers
 
 __all__ = [
     "AniPotential",
@@ -29,3 +34,25 @@ __all__ = [
     "to_torchani",
     "trainable_layers",
 ]
+
+__getattr__ = loaded_at_use(
+    __name__,
+    {
+        "average": "averaging",
+        "merge": "batch",
+        "DescriptorCache": "cache",
+        "build_cache": "cache",
+        "Engine": "engine",
+        "energy_spread": "evaluation",
+        "member_energies": "evaluation",
+        "export_state_dict": "export",
+        "to_torchani": "export",
+        "AniPotential": "model",
+        "Layer": "model",
+        "enrich": "transfer",
+        "extend": "transfer",
+        "relabel": "transfer",
+        "scratch": "transfer",
+        "trainable_layers": "transfer",
+    },
+)

@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
-from ase import Atoms
-
 from tlmc.potentials.family import Family
-from tlmc.potentials.model import Potential
 
 if TYPE_CHECKING:
+    from ase import Atoms
+
     from tlmc.data.dataset import Dataset
     from tlmc.data.splits import Split
     from tlmc.families.ani.learner import AniLearner
     from tlmc.families.ani.model import AniPotential
+    from tlmc.potentials.model import Potential
     from tlmc.training.config import FinetuneConfig
     from tlmc.training.distributed import Group
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 
-from ase import Atoms
-
 from tlmc.errors import ConfigError
 from tlmc.potentials.family import Family
-from tlmc.potentials.model import Potential
 
 if TYPE_CHECKING:
+    from ase import Atoms
+
     from tlmc.families.sevennet.learner import SevenNetLearner
     from tlmc.families.sevennet.model import SevenNetPotential
+    from tlmc.potentials.model import Potential
     from tlmc.training.config import FinetuneConfig
     from tlmc.training.distributed import Group
 
