@@ -42,7 +42,7 @@ def built(source, dtype=torch.float64):
 
 
 def libraries(source):
-    return sorted((source.parent / "cache" / "kernels").glob("*.so"))
+    return sorted((source.parent / "cache" / "compiled").glob("*.so"))
 
 
 @pytest.fixture
@@ -120,12 +120,12 @@ def test_what_keeps_it_from_compiling_is_said(source, monkeypatch, caplog):
 
 
 def test_the_switch(source, monkeypatch, caplog):
-    monkeypatch.setenv("TLMC_KERNELS", "off")
+    monkeypatch.setenv("TLMC_COMPILED", "off")
     assert compiled.load(source, torch.float64, FUNCTIONS, "we go on without it") is None
     assert not caplog.text
     assert not (source.parent / "cache").exists()
-    monkeypatch.setenv("TLMC_KERNELS", "perhaps")
-    with pytest.raises(ConfigError, match="TLMC_KERNELS must be on or off, got 'perhaps'"):
+    monkeypatch.setenv("TLMC_COMPILED", "perhaps")
+    with pytest.raises(ConfigError, match="TLMC_COMPILED must be on or off, got 'perhaps'"):
         compiled.load(source, torch.float64, FUNCTIONS, "we go on without it")
 
 
@@ -171,7 +171,7 @@ def test_without_openmp_it_works_on_one_thread(source, compiler, caplog):
         caplog.clear()
         assert threads() == [0, 0, 0, 0]
         assert len(calls()) == n_calls
-        assert "do without what the compiler refused" in caplog.text
+        assert "does without what the compiler refused" in caplog.text
         assert "unsupported option '-fopenmp'" in caplog.text
     [failure] = libraries(source)[0].parent.glob("*.failed")
     os.utime(failure, (time.time() - 4000,) * 2)
@@ -208,7 +208,7 @@ def test_a_failure_is_remembered_until_the_compiler_is_repaired(source, compiler
     monkeypatch.setenv("CPATH", "/somewhere")
     assert not works()
     assert calls()
-    for failure in (source.parent / "cache" / "kernels").glob("*.failed"):
+    for failure in (source.parent / "cache" / "compiled").glob("*.failed"):
         os.utime(failure, (0, 0))
     assert not works()
     assert calls()
@@ -266,13 +266,13 @@ def test_a_library_that_others_can_write_is_not_loaded(source, caplog):
     assert library.stat().st_mode & 0o022 == 0
 
 
-@pytest.mark.parametrize("which", ["cache", "cache/kernels"])
+@pytest.mark.parametrize("which", ["cache", "cache/compiled"])
 def test_a_folder_that_others_can_write_is_left(source, caplog, which):
-    folder = source.parent / "cache" / "kernels"
+    folder = source.parent / "cache" / "compiled"
     folder.mkdir(parents=True)
     (source.parent / which).chmod(0o777)
     library = built(source)
-    assert f"compiled kernels are not taken from {folder}: other users can write to" in caplog.text
+    assert f"compiled code is not taken from {folder}: other users can write to" in caplog.text
     assert not libraries(source)
     assert Path(library._name).is_relative_to(source.parent / "home")
     # open to others, but each may change only what is their own
@@ -298,15 +298,15 @@ def test_files_of_another_user_are_not_loaded(source, caplog, monkeypatch):
 def test_without_a_cache_it_is_compiled_for_the_machine_or_the_process(source, monkeypatch, caplog):
     """As where the home folder is read-only, or belongs to a group."""
     (source.parent / "cache").mkdir()
-    (source.parent / "cache" / "kernels").write_text("a file")
+    (source.parent / "cache" / "compiled").write_text("a file")
     (source.parent / "home").write_text("a file")
     temporary = source.parent / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(compiled.tempfile, "tempdir", str(temporary))
-    folder = temporary / f"tlmc-kernels-{os.geteuid()}"
+    folder = temporary / f"tlmc-compiled-{os.geteuid()}"
     for _ in range(2):
         assert Path(built(source)._name).parent == folder
-    assert caplog.text.count("compiled kernels are not taken from") == 2
+    assert caplog.text.count("compiled code is not taken from") == 2
     # somebody else was there first
     folder.chmod(0o777)
     compiled._folder_of_this_process.cache_clear()
@@ -325,7 +325,7 @@ def test_a_damaged_library_is_compiled_anew(source, caplog, compiler, monkeypatc
     [library] = libraries(source)
     # elsewhere, since a process knows the files that it has loaded
     monkeypatch.setenv("TLMC_CACHE_DIR", str(source.parent / "other"))
-    damaged = source.parent / "other" / "kernels" / library.name
+    damaged = source.parent / "other" / "compiled" / library.name
     damaged.parent.mkdir(parents=True)
     damaged.write_bytes(library.read_bytes()[:40])
     calls()

@@ -1,9 +1,11 @@
-"""C sources of the package, built with the machine's C compiler in about a second, once per machine.
+"""C code of the package: the ready-made libraries of a wheel, or, in a checkout, what the machine's compiler makes.
 
-What they compute is also written with torch operations, which serve machines without a compiler and which the tests
-compare with. ``TLMC_KERNELS=off`` asks for those.
+What it computes is also written with torch operations, which serve machines with neither and which the tests compare
+with. ``TLMC_COMPILED=off`` asks for those.
 
-A library is code that runs with the user's rights, so it is loaded only from where no other user can put one. It is
+A wheel has a library for each of several kinds of processors (:mod:`tlmc.shipped`), beside the source. Where there is
+none, as in a checkout, the source is compiled at first use, in about a second, once per machine. Such a
+library is code that runs with the user's rights, so it is loaded only from where no other user can put one. It is
 known by all that went into it: the sources, the compiler (``CC``, which may have arguments) with its version, and the
 processor that ``-march=native`` stands for, since machines of different kinds may share a home. A compiler without
 OpenMP, as Apple's is, gives a library that works on one thread. That a compiler failed is remembered for an hour, so
@@ -33,7 +35,7 @@ from typing import Any
 
 import torch
 
-from tlmc import paths
+from tlmc import paths, shipped
 from tlmc.errors import ConfigError
 from tlmc.files import write_text
 
@@ -42,8 +44,7 @@ SECONDS = 120.0
 _SECONDS_TO_ANSWER = 5.0
 _MEMORY = 3600.0
 """Seconds for which a failure is remembered: headers or a linker may come without the compiler itself changing."""
-_HEADER = Path(__file__).with_name("compiled.h")
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+_FLAGS = (*shipped.FLAGS, "-march=native", "-fopenmp", "-fPIC", "-shared")
 _REPLACED: tuple[Mapping[str, str], ...] = (
     {},
     {"-march=native": ""},
@@ -53,7 +54,7 @@ _REPLACED: tuple[Mapping[str, str], ...] = (
 """What is put up with in turn, where a compiler refuses flags."""
 _SEARCHED = ("PATH", "CPATH", "C_INCLUDE_PATH", "LIBRARY_PATH", "SDKROOT", "TMPDIR")
 """Variables that may mend a compiler."""
-_PLAIN = "the compiled kernels do without what the compiler refused, perhaps several threads: %s"
+_PLAIN = "the compiled code does without what the compiler refused, perhaps several threads: %s"
 _LOG = logging.getLogger(__name__)
 
 
@@ -82,17 +83,17 @@ def load(
     Raises
     ------
     ConfigError
-        If ``TLMC_KERNELS`` is neither ``on`` nor ``off``.
+        If ``TLMC_COMPILED`` is neither ``on`` nor ``off``.
     RuntimeError
         If the source has other sizes.
     """
-    wanted = os.environ.get("TLMC_KERNELS") or "on"
+    wanted = os.environ.get("TLMC_COMPILED") or "on"
     if wanted not in ("on", "off"):
-        raise ConfigError(f"TLMC_KERNELS must be on or off, got {wanted!r}")
+        raise ConfigError(f"TLMC_COMPILED must be on or off, got {wanted!r}")
     if wanted == "off":
         return None
     try:
-        library = _open(source, dtype)
+        library = _ready_made(source, dtype) or _open(source, dtype)
         for name, arguments in functions.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
@@ -106,11 +107,24 @@ def load(
     return library
 
 
+def _ready_made(source: Path, dtype: torch.dtype) -> ctypes.CDLL | None:
+    """Load the best library for this processor that lies beside a source, or return None."""
+    precision = str(dtype).removeprefix("torch.")
+    for capability in shipped.usable(torch.backends.cpu.get_cpu_capability()):
+        path = shipped.library(source, precision, capability)
+        if path.is_file():
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError as error:
+                _say_once(f"{path} cannot be loaded: {error}")
+    return None
+
+
 def _open(source: Path, dtype: torch.dtype) -> ctypes.CDLL:
-    """Load the library of a source from the first folder that can hold it."""
+    """Load the library of a source from the first folder that can hold it, compiling it if need be."""
     compiler = _compiler()
     command = [*compiler, f"-DIS_DOUBLE={int(dtype == torch.float64)}"]
-    parts = [_HEADER.read_bytes(), source.read_bytes(), repr((_FLAGS, _REPLACED, dtype)).encode()]
+    parts = [shipped.HEADER.read_bytes(), source.read_bytes(), repr((_FLAGS, _REPLACED, dtype)).encode()]
     parts += [text.encode() for text in (*_identity(compiler), _processor(), repr(platform.libc_ver()))]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
     last: OSError | None = None
@@ -121,7 +135,7 @@ def _open(source: Path, dtype: torch.dtype) -> ctypes.CDLL:
             return ctypes.CDLL(str(_library(folder, key, command, source)))
         except OSError as error:
             # read-only, full, of others, or mounted so that nothing in it can be executed
-            _say_once(f"compiled kernels are not taken from {folder}: {error}")
+            _say_once(f"compiled code is not taken from {folder}: {error}")
             last = error
     assert last is not None
     raise last
@@ -144,7 +158,7 @@ def _library(folder: Path, key: str, command: Sequence[str], source: Path) -> Pa
     for replaced in _REPLACED:
         flags = [flag for flag in (replaced.get(flag, flag) for flag in _FLAGS) if flag]
         target = plain if replaced else whole
-        status, answer = _compile([*command, *flags, f"-I{_HEADER.parent}", str(source), "-lm"], target)
+        status, answer = _compile([*command, *flags, f"-I{shipped.HEADER.parent}", str(source), "-lm"], target)
         if status == 0:
             break
         reasons.append(answer)
@@ -259,15 +273,15 @@ def _folders() -> Iterator[Path]:
     """Yield where libraries may be kept: the cache, the user's own, one for temporary files, one of this process."""
     named, own = paths.cache_dir(), paths.user_cache_dir()
     for cache in dict.fromkeys((named, own)):
-        yield (cache / "kernels").resolve()
+        yield (cache / "compiled").resolve()
     if os.name == "posix":
-        yield Path(tempfile.gettempdir(), f"tlmc-kernels-{os.geteuid()}").resolve()
+        yield Path(tempfile.gettempdir(), f"tlmc-compiled-{os.geteuid()}").resolve()
     yield _folder_of_this_process()
 
 
 @functools.cache
 def _folder_of_this_process() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="tlmc-kernels-")).resolve()
+    folder = Path(tempfile.mkdtemp(prefix="tlmc-compiled-")).resolve()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 

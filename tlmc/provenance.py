@@ -7,7 +7,8 @@ import hashlib
 import platform
 import re
 import subprocess
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tlmc.paths import PACKAGE_DIR
@@ -29,8 +30,12 @@ PACKAGES = (
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages in `PACKAGES`."""
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    """Return the versions of Python and of those of `PACKAGES` that are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):  # those of an extra
+            found[name] = version(name)
+    return found
 
 
 def git_revision() -> str:
@@ -57,12 +62,13 @@ def git_revision() -> str:
 def code_hash() -> str:
     """Return the SHA-256 over the files of this package, whatever their kind, names included.
 
-    What Python makes of them (``__pycache__``) and hidden files, of editors for instance, do not count.
+    What Python (``__pycache__``) or a compiler made of them and hidden files, of editors for instance, do not count.
     """
     digest = hashlib.sha256()
     for path in sorted(PACKAGE_DIR.rglob("*")):
         name = path.relative_to(PACKAGE_DIR)
-        if path.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in name.parts):
+        made = path.suffix == ".so" or "__pycache__" in name.parts
+        if path.is_file() and not made and not any(part.startswith(".") for part in name.parts):
             digest.update(f"{name.as_posix()}\n".encode())
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()

@@ -47,7 +47,7 @@ from tlmc.data.splits import split_dataset
 from tlmc.families.ani import to_torchani
 from tlmc.families.ani.batch import merge
 from tlmc.families.ani.cache import build_cache
-from tlmc.families.ani.compiled_sweeps import kernels
+from tlmc.families.ani.compiled_sweeps import library
 from tlmc.families.ani.engine import Engine
 from tlmc.families.ani.model import Potential
 from tlmc.files import write_json
@@ -452,7 +452,7 @@ def main() -> int:
     }
     epoch_means = _means(epochs, ("start_model",))
     LOG.info("geometric means: steps %s, epochs %s; %.0f s in all", means, epoch_means, time.perf_counter() - began)
-    reportable = max(loads) <= 0.25 and kernels(torch.float32) is not None
+    reportable = max(loads) <= 0.25 and library(torch.float32) is not None
     content = {
         "reportable": reportable,
         "largest_other_load": round(max(loads), 2),

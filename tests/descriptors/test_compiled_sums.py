@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
 from helpers import descriptor_structures as ds
-from tlmc.descriptors import compiled_sums as kernels
+from tlmc.descriptors import compiled_sums
 from tlmc.descriptors.soap import SOAP
 from tlmc.descriptors.symmetry_functions import SymmetryFunctions
 
 pytestmark = pytest.mark.skipif(
-    kernels.kernels() is None, reason="no C compiler here: descriptors are torch operations, which other tests cover"
+    compiled_sums.library() is None,
+    reason="no C compiler here: descriptors are torch operations, which other tests cover",
 )
 
 RADIAL = [(0.0, 0.0), (1.0, 0.5), (4.0, 2.0)]
@@ -42,13 +43,13 @@ ORBITALS, OTHERS = 2e-12, 2e-14
 def with_torch(monkeypatch, function):
     """Return what a function gives without the compiled sums."""
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "can_serve", lambda environments: False)
+        patch.setattr(compiled_sums, "can_serve", lambda environments: False)
         return function()
 
 
 def counted(monkeypatch, name):
     """Count the calls of a compiled function; return the list that they are written to."""
-    calls, library = [], kernels.kernels()
+    calls, library = [], compiled_sums.library()
     function = getattr(library, name)
 
     class Counting:
@@ -57,7 +58,7 @@ def counted(monkeypatch, name):
 
     counting = Counting()
     setattr(counting, name, lambda *arguments: (calls.append(name), function(*arguments)))
-    monkeypatch.setattr(kernels, "_library", lambda: counting)
+    monkeypatch.setattr(compiled_sums, "_library", lambda: counting)
     return calls
 
 
@@ -185,9 +186,9 @@ class TestBoth:
         frame, before, results, used = ds.structure("benzene"), torch.get_num_threads(), [], []
         # also of those that small structures are not worth
         for least in ("VALUE_PAIRS", "SLOPE_PAIRS", "TRIPLES"):
-            monkeypatch.setattr(kernels, least, 1)
-        threads_of = kernels._threads
-        monkeypatch.setattr(kernels, "_threads", lambda *sizes: (used.append(threads_of(*sizes)), used[-1])[1])
+            monkeypatch.setattr(compiled_sums, least, 1)
+        threads_of = compiled_sums._threads
+        monkeypatch.setattr(compiled_sums, "_threads", lambda *sizes: (used.append(threads_of(*sizes)), used[-1])[1])
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             results.append((DESCRIPTORS[name][0](frame), DESCRIPTORS[name][0].derivatives(ds.small_cell())))
@@ -233,14 +234,14 @@ class TestBoth:
         assert len(calls) == 1
 
 
-@pytest.mark.parametrize("setting", [{"TLMC_KERNELS": "off"}, {"CC": "/nonexistent/cc"}])
+@pytest.mark.parametrize("setting", [{"TLMC_COMPILED": "off"}, {"CC": "/nonexistent/cc"}])
 def test_without_compiled_functions(setting, tmp_path):
     """In a process of its own: the same numbers, and a warning unless one asked for it."""
     program = (
         "import logging; logging.basicConfig()\n"
         "from ase.build import molecule\n"
         "from tlmc.descriptors import SOAP, compiled_sums\n"
-        "print(SOAP(['H', 'O'], 3.0, 3, 2)(molecule('H2O')).sum().item(), compiled_sums.kernels())\n"
+        "print(SOAP(['H', 'O'], 3.0, 3, 2)(molecule('H2O')).sum().item(), compiled_sums.library())\n"
     )
     environment = os.environ | {"TLMC_CACHE_DIR": str(tmp_path)} | setting
     answer = subprocess.run(
@@ -250,4 +251,4 @@ def test_without_compiled_functions(setting, tmp_path):
     frame = Atoms("OH2", [[0, 0, 0.119262], [0, 0.763239, -0.477047], [0, -0.763239, -0.477047]])
     assert float(total) == pytest.approx(float(SOAP(["H", "O"], 3.0, 3, 2)(frame).sum()), rel=1e-11)
     assert found == "None"
-    assert ("descriptors go on without the compiled kernels" in answer.stderr) == ("CC" in setting)
+    assert ("descriptors go on without the compiled code" in answer.stderr) == ("CC" in setting)

@@ -14,7 +14,7 @@ from ase.build import molecule
 from scipy import integrate, special
 
 from helpers import descriptor_structures as ds
-from tlmc.descriptors import compiled_sums as kernels
+from tlmc.descriptors import compiled_sums
 from tlmc.descriptors.harmonics import (
     degrees,
     harmonic_factors,
@@ -269,7 +269,7 @@ def test_batches_and_chosen_centres(average):
 
 def test_chunks_do_not_change_the_result(monkeypatch):
     """Of the torch operations; compiled sums know none."""
-    monkeypatch.setattr(kernels, "can_serve", lambda environments: False)
+    monkeypatch.setattr(compiled_sums, "can_serve", lambda environments: False)
     frame = ds.structure("naphthalene")
     descriptor = SOAP(["H", "C"], 3.0, 3, 2)
     value, slopes = descriptor(frame), descriptor.derivatives(frame)

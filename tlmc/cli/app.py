@@ -45,7 +45,7 @@ TLMC_CACHE_GB: size of all descriptor caches beyond which the oldest go (default
 
 TLMC_REPORTS_DIR: metrics, figures, runs and the report (default: reports/ of the checkout, ./tlmc-runs without one)
 
-TLMC_KERNELS: off to compute with torch operations alone, without the compiled kernels (default: on)
+TLMC_COMPILED: off to compute with torch operations alone, without the compiled C code (default: on)
 
 TLMC_TRUST_LABELS: 1 is --trust-labels for every command and notebook
 
@@ -180,7 +180,7 @@ def _main(
     if threads:
         if not (threads.isdecimal() and int(threads) > 0):
             raise ConfigError(f"TLMC_THREADS must be a positive integer, got {threads!r}")
-        # read by torch when it is imported, later than this, and inherited by kernels
+        # read by torch when it is imported, later than this, and inherited by notebooks
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(int(threads))
 
 

@@ -15,6 +15,8 @@ of the power spectrum it is
 
   p = sum_m u_lm c c,   u_lm = pi sqrt(8 / (2 l + 1)) N_lm^2 = sqrt((2 l + 1) / 2) (1 or 2 (l - m)! / (l + m)!). */
 
+/* Precisions: float64 */
+
 #include "compiled.h"
 
 #define LANES 8 /* neighbours that are worked on side by side */
@@ -430,5 +432,5 @@ void symmetry_values(const Symmetry *s, long n_centres, long n_features, double 
     }
 }
 
-/* What kernels.py must agree on. */
+/* What compiled_sums.py must agree on. */
 const int64_t layout[] = {sizeof(Soap), sizeof(Symmetry)};

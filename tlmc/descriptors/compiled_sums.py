@@ -46,7 +46,7 @@ class _Symmetry(ctypes.Structure):
 
 
 @functools.cache
-def kernels() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
     """Return the compiled functions, or None; see :func:`tlmc.compiled.load`."""
     pointer, n = c_void_p, c_int64
     functions = {
@@ -54,12 +54,12 @@ def kernels() -> ctypes.CDLL | None:
         "soap_slopes": [POINTER(_Soap), n, n, pointer, pointer, pointer, pointer, n, pointer, pointer, c_int],
         "symmetry_values": [POINTER(_Symmetry), n, n, pointer, pointer, c_int],
     }
-    loss = "descriptors go on without the compiled kernels, several times slower for small structures"
-    library = compiled.load(_SOURCE, torch.float64, functions, loss, [sizeof(_Soap), sizeof(_Symmetry)])
-    if library is not None:
-        library.soap_room.argtypes, library.symmetry_room.argtypes = [POINTER(_Soap)], [POINTER(_Symmetry)]
-        library.soap_room.restype = library.symmetry_room.restype = n
-    return library
+    loss = "descriptors go on without the compiled code, several times slower for small structures"
+    found = compiled.load(_SOURCE, torch.float64, functions, loss, [sizeof(_Soap), sizeof(_Symmetry)])
+    if found is not None:
+        found.soap_room.argtypes, found.symmetry_room.argtypes = [POINTER(_Soap)], [POINTER(_Symmetry)]
+        found.soap_room.restype = found.symmetry_room.restype = n
+    return found
 
 
 def can_serve(environments: Environments) -> bool:
@@ -75,7 +75,7 @@ def can_serve(environments: Environments) -> bool:
         return False
     if vectors.requires_grad and torch.is_grad_enabled() or forward_ad.unpack_dual(vectors).tangent is not None:
         return False
-    return kernels() is not None
+    return library() is not None
 
 
 class SoapSums:
@@ -195,7 +195,7 @@ def _threads(n_rows: int, useful: int) -> int:
 
 
 def _library() -> ctypes.CDLL:
-    library = kernels()
-    if library is None:
+    found = library()
+    if found is None:
         raise RuntimeError("the compiled functions are missing: ask can_serve first")
-    return library
+    return found

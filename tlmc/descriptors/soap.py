@@ -10,7 +10,8 @@ matrix. For two elements n1 and n2 run over the functions of both (cross-species
 
 Coefficients are sums over neighbours of products of a radial and an angular factor, so they are matrix products: one
 per centre, element and degree. Derivatives are written out: ``dc`` of every neighbour, then ``dp = dc c + c dc``. Where
-nothing is to be differentiated, compiled loops do the same several times faster (:mod:`tlmc.descriptors.compiled_sums`).
+nothing is to be differentiated, compiled loops do the same several times faster
+(:mod:`tlmc.descriptors.compiled_sums`).
 """
 
 from __future__ import annotations

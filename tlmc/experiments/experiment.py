@@ -259,7 +259,7 @@ def convergence(
 ) -> pd.DataFrame:
     """Train with several settings and tell how the validation error falls with the processor time spent.
 
-    Descriptors are computed, and kernels compiled, beforehand; a warm start counts. Runs of one seed share split and
+    Descriptors are computed, and C code is compiled, beforehand; a warm start counts. Runs of one seed share split and
     start. Processor time, unlike time on the clock, is comparable on a shared machine. Each run leaves its part of the
     table under ``reports/runs/convergence``, where another call finds it.
 

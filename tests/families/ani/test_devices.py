@@ -98,7 +98,7 @@ def test_a_step_needs_nothing_from_the_device(tmp_path):
 @pytest.mark.parametrize("changes", [{}, {"clip_norm": 0.1, "ema_decay": 0.9, "loss": "huber"}], ids=["plain", "all"])
 def test_an_epoch_reads_from_the_device_once_per_part_whatever_the_number_of_steps(monkeypatch, changes):
     """Counted on the processor, with the operations that a GPU would run."""
-    monkeypatch.setattr(engine_module, "kernels", lambda dtype: None)
+    monkeypatch.setattr(engine_module, "library", lambda dtype: None)
     data = labelled()
     parts = split_dataset(data, seed=0)
     counts = []
@@ -127,7 +127,7 @@ def test_operations_of_a_gpu_train_to_the_same_weights(monkeypatch):
     data = labelled()
     parts, config = split_dataset(data, seed=0), quick(epochs=3, batch_size=4, precision="float64")
     compiled = finetune(student(), data, parts, config)
-    monkeypatch.setattr(engine_module, "kernels", lambda dtype: None)
+    monkeypatch.setattr(engine_module, "library", lambda dtype: None)
     plain = finetune(student(), data, parts, config)
     columns = [c for c in compiled.history if c not in ("seconds", "cpu_seconds")]
     pd.testing.assert_frame_equal(compiled.history[columns], plain.history[columns], rtol=1e-8)

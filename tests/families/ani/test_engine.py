@@ -20,7 +20,7 @@ from tlmc.families.ani import engine as module
 from tlmc.families.ani import relabel, to_torchani, trainable_layers
 from tlmc.families.ani.batch import merge
 from tlmc.families.ani.cache import build_cache
-from tlmc.families.ani.compiled_sweeps import CompiledSweeps, kernels
+from tlmc.families.ani.compiled_sweeps import CompiledSweeps, library
 from tlmc.families.ani.engine import Engine, TorchSweeps
 from tlmc.potentials import predict
 from tlmc.training.loss import batch_loss
@@ -211,13 +211,13 @@ def test_atoms_without_neighbours(frames, tmp_path):
 
 @pytest.fixture
 def torch_operations(monkeypatch):
-    """Engines made meanwhile do without the compiled kernels."""
-    monkeypatch.setattr(module, "kernels", lambda dtype: None)
+    """Engines made meanwhile do without the compiled code."""
+    monkeypatch.setattr(module, "library", lambda dtype: None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_torch_operations_equal_autograd(ani2xt, dtype, tmp_path, torch_operations):
-    """What serves where there is no compiler; the tests above are about the compiled kernels."""
+    """What serves where there is no compiler; the tests above are about the compiled code."""
     frames = [small_cell(), molecule("CH4")]
     engine, loss = engine_gradient(ani2xt, frames, dtype, tmp_path)
     assert isinstance(engine._sweeps, TorchSweeps)
@@ -229,13 +229,13 @@ def test_torch_operations_equal_autograd(ani2xt, dtype, tmp_path, torch_operatio
 @pytest.mark.parametrize("scheme", ["all", "hidden", "last"])
 def test_compiled_step_equals_torch(scheme, tmp_path, monkeypatch):
     """Two AdamW steps, the second on a batch that lacks an element of the first, for every scheme."""
-    if kernels(torch.float64) is None:
+    if library(torch.float64) is None:
         pytest.skip("no C compiler here: training falls back on torch, which the other tests cover")
     model, frames = toy_potential(members=3), [small_cell(), molecule("CH3OH"), molecule("CH4")]
     trainable, weights = trainable_layers(scheme, 4), []
     for compiled in (True, False):
         if not compiled:
-            monkeypatch.setattr(module, "kernels", lambda dtype: None)
+            monkeypatch.setattr(module, "library", lambda dtype: None)
         cache = build_cache(model, frames, torch.float64, tmp_path)
         engine = Engine(model, cache, trainable)
         assert isinstance(engine._sweeps, CompiledSweeps if compiled else TorchSweeps)
@@ -265,8 +265,8 @@ def test_number_of_threads_does_not_change_a_bit(tmp_path):
 def test_missing_compiler_is_said_and_bad_switch_refused(monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("CC", "/nonexistent/cc")
     monkeypatch.setenv("TLMC_CACHE_DIR", str(tmp_path))
-    assert kernels.__wrapped__(torch.float32) is None
-    assert "without the compiled kernels" in caplog.text
-    monkeypatch.setenv("TLMC_KERNELS", "perhaps")
-    with pytest.raises(ConfigError, match="TLMC_KERNELS must be on or off, got 'perhaps'"):
-        kernels.__wrapped__(torch.float32)
+    assert library.__wrapped__(torch.float32) is None
+    assert "without the compiled code" in caplog.text
+    monkeypatch.setenv("TLMC_COMPILED", "perhaps")
+    with pytest.raises(ConfigError, match="TLMC_COMPILED must be on or off, got 'perhaps'"):
+        library.__wrapped__(torch.float32)

@@ -2,7 +2,9 @@
 
 A task runs its small matrix products on one thread while its arrays stay in that core's cache, and the element-wise
 work between two products is one pass. Every result is written by one task, so the numbers do not depend on the number
-of threads. Compiled by kernels.py, once with real numbers of type float and once of type double. Arrays are row-major. */
+of threads. Arrays are row-major. */
+
+/* Precisions: float32, float64 */
 
 #include "compiled.h"
 
@@ -347,5 +349,5 @@ void jacobian(const Sparse *structures, long count, long K, const long *row, con
     }
 }
 
-/* What kernels.py must agree on. */
+/* What compiled_sweeps.py must agree on. */
 const int64_t layout[] = {BLOCK, MAX_LAYERS, sizeof(Net), sizeof(Sparse), sizeof(Update)};

@@ -76,7 +76,7 @@ class CompiledSweeps:
         for k, parts in layers.items():
             widths = [part.bias.shape[-1] for part in parts]
             if len(parts) > MAX_LAYERS:
-                raise ValueError(f"networks of {len(parts)} layers, but the kernels take {MAX_LAYERS} at most")
+                raise ValueError(f"networks of {len(parts)} layers, but the compiled code takes {MAX_LAYERS} at most")
             trained = [slot if on else None for slot, on in zip(slots[k], trainable, strict=True)]
             self._templates[k] = Net(
                 weight=_pointers([part.weight for part in parts]),
@@ -160,7 +160,7 @@ class CompiledSweeps:
         return nets
 
     def _products(self, batch: Batch) -> tuple[Any, int, int]:
-        """Return the Jacobians of a batch as the kernels want them."""
+        """Return the Jacobians of a batch as the compiled code wants them."""
         structures, first = (Sparse * len(batch.structures))(), 0
         for entry, s in zip(structures, batch.structures, strict=True):
             entry.n_atoms, entry.first = s.species.shape[0], first
@@ -189,8 +189,8 @@ def _pointers(tensors: Sequence[Tensor | None]) -> Any:
 
 
 @functools.cache
-def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """Return the compiled functions for one precision, see compiled_sweeps.c, or None; see :func:`tlmc.compiled.load`."""
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """Return the functions of compiled_sweeps.c for one precision, or None; see :func:`tlmc.compiled.load`."""
     real, pointer = (c_double if dtype == torch.float64 else c_float), c_void_p
     nets, structures = [POINTER(Net)] + [c_int64] * 4, [POINTER(Sparse), c_int64, c_int64, pointer]
     functions: dict[str, list[Any]] = {
@@ -200,6 +200,6 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
         "jacobian_transposed": [*structures, pointer, pointer, c_int],
         "jacobian": [*structures, pointer, pointer, c_int],
     }
-    loss = "training goes on without the compiled kernels, up to twice slower"
+    loss = "training goes on without the compiled code, up to twice slower"
     layout = [BLOCK, MAX_LAYERS, *map(sizeof, (Net, Sparse, AdamW))]
     return compiled.load(_SOURCE, dtype, functions, loss, layout)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from tlmc.families.ani.batch import Batch
 from tlmc.families.ani.cache import DescriptorCache, Structure
-from tlmc.families.ani.compiled_sweeps import CompiledSweeps, kernels
+from tlmc.families.ani.compiled_sweeps import CompiledSweeps, library
 from tlmc.families.ani.device_cache import DeviceCache
 from tlmc.families.ani.model import AniPotential, Layer
 from tlmc.families.ani.network import CELU_ALPHA
@@ -198,7 +198,7 @@ class Engine:
         self.layers = self._views(self.flat, laid_out)
         """Per element, its layers; those that train are views of `flat`."""
         self._slots = self._views(self.gradient, laid_out)
-        compiled = kernels(like.dtype) if like.device.type == "cpu" else None
+        compiled = library(like.dtype) if like.device.type == "cpu" else None
         self._sweeps = (
             TorchSweeps(self.layers, self._slots, self.trainable, self.factor)
             if compiled is None

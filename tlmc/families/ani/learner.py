@@ -16,7 +16,7 @@ from tlmc.data.splits import Split
 from tlmc.descriptors.enrichment import fit_enrichment
 from tlmc.families.ani.batch import Batch, merge
 from tlmc.families.ani.cache import build_cache
-from tlmc.families.ani.compiled_sweeps import kernels
+from tlmc.families.ani.compiled_sweeps import library
 from tlmc.families.ani.device_cache import DeviceCache
 from tlmc.families.ani.engine import Engine
 from tlmc.families.ani.model import AniPotential
@@ -64,7 +64,7 @@ class AniLearner(Learner):
         with group.first_alone():
             cache = build_cache(model, frames, dtype, report=report)
             if group.device.type == "cpu":
-                kernels(dtype)  # compiled now, by one process
+                library(dtype)  # compiled now, by one process
         self.digest = cache.folder.name
         self.threads = 1 if model.members == 1 else None
         self._cache = cache if group.device.type == "cpu" else DeviceCache(cache, group.device)
