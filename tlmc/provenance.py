@@ -78,8 +78,8 @@ def program_hash(module: str) -> str:
     """Return the SHA-256 over what a module of this package and all that it imports do.
 
     Comments, docstrings and layout do not count, nor do modules that it does not reach, so that work which took hours
-    is not thrown away for them. A file beside a module with its name and another suffix (``compiled_sums.c``) belongs to it,
-    as does a file of the package that it names (``"registry.json"``).
+    is not thrown away for them. A file beside a module with its name and another suffix (``compiled_sums.c``) belongs
+    to it, as does a file of the package that it names (``"registry.json"``).
 
     Parameters
     ----------

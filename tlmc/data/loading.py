@@ -194,7 +194,7 @@ def local_file(source: str | Path) -> Path | None:
 
 @checked
 def read_frames(path: str | Path) -> list[Atoms]:
-    """Read all structures of a file with ASE, with or without labels, unchecked; `tlmc.data.extxyz` says how XYZ is read.
+    """Read all structures of a file with ASE, with or without labels, unchecked; for XYZ, see `tlmc.data.extxyz`.
 
     Parameters
     ----------

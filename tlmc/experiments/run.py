@@ -111,8 +111,8 @@ def execute(run: Run, study: str = "", progress: bool | None = None, device: str
     run
         What to do.
     study, progress, device
-        As in :func:`tlmc.experiments.experiment.run_experiment`. With a study, what the model has forgotten is recorded too, as
-        errors of the part ``molecules`` (:mod:`tlmc.evaluation.forgetting`).
+        As in :func:`tlmc.experiments.experiment.run_experiment`. With a study, what the model has forgotten is recorded
+        too, as errors of the part ``molecules`` (:mod:`tlmc.evaluation.forgetting`).
 
     Raises
     ------

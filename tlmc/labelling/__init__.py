@@ -5,8 +5,8 @@ A `Recipe` is data: a molecule and how it is packed, or a crystal; how it is per
 processes and resumable, and every stage is a public function for structures of your own.
 """
 
-# tlmc.data.loading and tlmc.data.geometry are imported where they are used: they load torch, for which every worker process
-# would wait
+# tlmc.data.loading and tlmc.data.geometry are imported where they are used: they load torch, for which every worker
+# process would wait
 
 from __future__ import annotations
 

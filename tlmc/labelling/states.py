@@ -51,8 +51,8 @@ def state_of(frame: Atoms, where: str) -> State:
     Parameters
     ----------
     frame
-        ``info`` may hold any of the keys of `tlmc.data.dataset`, however they are written; atoms may have initial charges
-        and initial magnetic moments, which then count with their sums.
+        ``info`` may hold any of the keys of `tlmc.data.dataset`, however they are written; atoms may have initial
+        charges and initial magnetic moments, which then count with their sums.
     where
         Begin of error messages, ``"frame 3"``.
 

@@ -3,10 +3,10 @@ r"""What networks of atoms share: energies that are sums over atoms, forces that
 .. math:: E = \sum_i \left[ e_{Z_i} + s\,\varepsilon_i \right], \qquad F_k = -\partial E/\partial x_k
 
 A network gives the numbers :math:`\varepsilon_i` of order one. The offsets :math:`e_Z` are fitted by linear regression
-on the labels of the training part (:func:`tlmc.potentials.reference.fit_reference`), and the scale :math:`s`, in eV, is the root
-mean square of its force components times one Angstrom, so that forces of the usual size are slopes of order one.
-Since the sum goes over atoms that see a limited surrounding, twice the crystal has twice the energy (extensivity), and
-the order of equal atoms does not matter.
+on the labels of the training part (:func:`tlmc.potentials.reference.fit_reference`), and the scale :math:`s`, in eV, is
+the root mean square of its force components times one Angstrom, so that forces of the usual size are slopes of order
+one. Since the sum goes over atoms that see a limited surrounding, twice the crystal has twice the energy (extensivity),
+and the order of equal atoms does not matter.
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ def setting_ratios(table: pd.DataFrame, ax: Axes | None = None, *, quantity: Qua
     Parameters
     ----------
     table
-        As :func:`tlmc.thesis.ablations.table` returns it. Ratios are taken seed by seed; bars are their standard deviation.
+        As :func:`tlmc.thesis.ablations.table` returns it. Ratios are taken seed by seed; bars are their standard
+        deviation.
     ax
         Where to draw.
     quantity
@@ -97,8 +98,8 @@ def error_against_value(
     Parameters
     ----------
     table
-        As :func:`tlmc.thesis.ablations.table` returns it. The recipe as it is becomes a dashed line if it has no place among
-        the numbers.
+        As :func:`tlmc.thesis.ablations.table` returns it. The recipe as it is becomes a dashed line if it has no place
+        among the numbers.
     ax
         Where to draw.
     xlabel

@@ -138,8 +138,8 @@ def error_against_size(
     Parameters
     ----------
     table
-        As :func:`tlmc.kernel_methods.learning_curve` returns: columns ``learner``, ``n_train`` and the quantity; the seeds of
-        one size are averaged (geometric mean) and drawn as points too.
+        As :func:`tlmc.kernel_methods.learning_curve` returns: columns ``learner``, ``n_train`` and the quantity; the
+        seeds of one size are averaged (geometric mean) and drawn as points too.
     ax
         Where to draw.
     quantity

@@ -27,8 +27,8 @@ def sets_overview(datasets: Sequence[Dataset]) -> Figure:
     Parameters
     ----------
     datasets
-        Sets of crystals; isolated molecules are left out. Where a file names no packings (`tlmc.data.analysis.packings`),
-        the origin it gives (``info["group"]``) takes their place.
+        Sets of crystals; isolated molecules are left out. Where a file names no packings
+        (`tlmc.data.analysis.packings`), the origin it gives (``info["group"]``) takes their place.
 
     Raises
     ------
@@ -64,8 +64,8 @@ def sets_coverage(datasets: Sequence[Dataset], maps: Sequence[DescriptorMap], sp
     datasets
         Sets of crystals, without isolated molecules.
     maps, splits
-        Of each set: as `tlmc.data.analysis.descriptor_map` returns, fitted on the training part, and the parts. Colours are
-        those of the packings in :func:`sets_overview`; the panels' axes have units of their own.
+        Of each set: as `tlmc.data.analysis.descriptor_map` returns, fitted on the training part, and the parts. Colours
+        are those of the packings in :func:`sets_overview`; the panels' axes have units of their own.
 
     Raises
     ------

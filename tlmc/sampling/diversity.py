@@ -1,8 +1,8 @@
 r"""Choosing rows of a matrix that differ most: farthest points and CUR, the baselines without labels or models.
 
-A row is whatever describes a structure or an atom: SOAP averaged over a structure (`tlmc.data.analysis.averaged_soap`), or
-one environment. Both methods are greedy, deterministic and return the rows in the order in which they were chosen, so
-that the first k of a longer selection are the selection of k.
+A row is whatever describes a structure or an atom: SOAP averaged over a structure (`tlmc.data.analysis.averaged_soap`),
+or one environment. Both methods are greedy, deterministic and return the rows in the order in which they were chosen,
+so that the first k of a longer selection are the selection of k.
 """
 
 from __future__ import annotations

@@ -236,8 +236,8 @@ def runs(
     tables
         Names of :data:`ABLATIONS`.
     datasets
-        Names or files, as `tlmc.data.loading.load_dataset` takes them. Elements that the start model lacks borrow as in the
-        thesis (:data:`tlmc.potentials.THESIS_DONORS`).
+        Names or files, as `tlmc.data.loading.load_dataset` takes them. Elements that the start model lacks borrow as in
+        the thesis (:data:`tlmc.potentials.THESIS_DONORS`).
     start_model
         Start model of all runs.
     n_seeds, first_seed

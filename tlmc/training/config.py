@@ -46,8 +46,8 @@ class FinetuneConfig(BaseModel):
     layers: Literal["all", "hidden", "last"] = "all"
     """Which layers train; ``hidden`` is the thesis' "frozen input and output"."""
     warm_start: Literal["none", "ridge"] = "none"
-    """``ridge`` first fits the output layers in closed form (:mod:`tlmc.families.ani.warm_start`). The first steps of AdamW
-    are as long as the rate allows, whatever the gradient: they undo the fit unless `lr` is low (1e-4) and
+    """``ridge`` first fits the output layers in closed form (:mod:`tlmc.families.ani.warm_start`). The first steps of
+    AdamW are as long as the rate allows, whatever the gradient: they undo the fit unless `lr` is low (1e-4) and
     `warmup_epochs` is a few."""
     ridge: float = Field(1e-2, gt=0.0)
     """Penalty per squared change of an output weight with ``warm_start="ridge"``, eV^2."""

@@ -76,7 +76,8 @@ def finetune(
     Parameters
     ----------
     model
-        Start model; every element of the data must have a network (see :meth:`tlmc.potentials.Potential.with_elements`).
+        Start model; every element of the data must have a network (see
+        :meth:`tlmc.potentials.Potential.with_elements`).
     dataset, split
         Labelled frames and their parts. The test part is not looked at. Labels are taken as they are: whoever calls
         this has compared them with the start model, as :func:`tlmc.experiments.run_experiment` does
@@ -118,7 +119,8 @@ def finetune(
         If the split does not belong to the data set, or another process is training in `run_dir`.
     ConfigError
         If `run_dir` holds a run with other settings or data, or files but no run, TensorBoard is asked for but missing,
-        there is no such device, the family of the model has no use for a setting, or the processes of a group differ in what they were given.
+        there is no such device, the family of the model has no use for a setting, or the processes of a group differ in
+        what they were given.
     Interrupted
         On Ctrl-C or SIGTERM, after the last whole epoch is saved to `run_dir`: a `KeyboardInterrupt`.
     """

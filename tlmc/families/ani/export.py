@@ -125,8 +125,8 @@ def export_state_dict(model: AniPotential, path: Path | str) -> str:
 
     Notes
     -----
-    torchani's ``energies_qbcs`` knows nothing of :attr:`AniPotential.committee`: of a fine-tuned ensemble it is a number
-    without a meaning.
+    torchani's ``energies_qbcs`` knows nothing of :attr:`AniPotential.committee`: of a fine-tuned ensemble it is a
+    number without a meaning.
     """
     with atomic_path(path) as temporary:
         torch.save(to_torchani(model).state_dict(), temporary)
