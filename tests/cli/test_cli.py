@@ -25,15 +25,13 @@ from typer.testing import CliRunner
 
 from helpers.argon import argon
 from helpers.processes import heed_interrupts
-from tlmc.cli import app as cli
+from tlmc.cli import main as cli
 from tlmc.data.loading import load_dataset
-from tlmc.data.splits import split_dataset
 from tlmc.errors import DataError
 from tlmc.experiments.records import comparison_table, read_records
 from tlmc.families.ani import scratch
 from tlmc.potentials.calculator import predict
 from tlmc.potentials.model_files import load_model, load_tensors, save_model
-from tlmc.training.config import RECIPES
 
 N_FRAMES = 20
 OFFSET = 0.3
@@ -530,42 +528,31 @@ class TestLabel:
         assert sentence in error
 
 
-class TestPeer:
-    def test_published_weights(self, tlmc, data, monkeypatch):
-        pytest.importorskip("sevenn", reason="needs sevenn: pip install 'tlmc[peer]'", exc_type=ModuleNotFoundError)
-        monkeypatch.setenv("TLMC_REPORTS_DIR", str(data.parent / "reports"))
-        code, text, _ = tlmc("-q", "peer", data, "--record", "mine")
+class TestSevenNet:
+    def test_fine_tune_evaluate_and_tell(self, tlmc, data, monkeypatch):
+        """A start model of another family, through the same commands."""
+        reports = data.parent / "sevennet"
+        monkeypatch.setenv("TLMC_REPORTS_DIR", str(reports))
+        named = ("--start-model", "sevennet", "--recipe", "sevennet")
+        code, text, _ = tlmc("-q", "finetune", data, *named, "--epochs", 1, "--record", "mine")
         assert code == 0
         assert "methanol: errors on 4 test frames, trained on 14" in text
-        assert set(read_records(data.parent / "reports" / "metrics")["recipe"]) == {"sevennet, unmodified"}
+        assert set(read_records(reports / "metrics")["start_model"]) == {"sevennet"}
+        [model] = reports.glob("runs/*/model.safetensors")
+        code, text, _ = tlmc("-q", "evaluate", model, data)
+        assert (code, "F vector" in text) == (0, True)
+        code, text, _ = tlmc("-q", "info", model)
+        assert (code, "sevennet" in text) == (0, True)
 
-    def test_wrong_input_gets_one_sentence(self, tlmc, data, monkeypatch):
-        monkeypatch.setattr("tlmc.families.sevennet.model.is_installed", lambda: False)
-        code, _, text = tlmc("-q", "peer", data)
-        assert (code, text) == (2, "SevenNet-0 needs the package sevenn: pip install 'tlmc[peer]'")
-        code, _, text = tlmc("-q", "peer", data, "--lr", 0)
-        assert (code, text) == (2, "peer: lr = 0.0: Input should be greater than 0")
-        code, _, text = tlmc("-q", "peer", data, "--against", "rich, fast")
+    def test_settings_of_another_family(self, tlmc, data):
+        code, _, text = tlmc("-q", "finetune", data, "--start-model", "sevennet", "--recipe", "rich")
         assert code == 2
-        assert text.startswith("there is no recipe 'fast': choose one of ")
+        assert text.startswith("models of the family sevennet train with richer = None only, got ")
 
-    def test_what_it_costs_beside_our_recipes(self, tlmc, data, monkeypatch):
-        def history(dataset, config, **_):  # the peer itself needs a large package, and minutes
-            rows = {"epoch": [0.0, 1.0], "cpu_seconds": [1.0, 90.0], "validation_force_rmse_vector": [0.4, 0.1]}
-            table = pd.DataFrame(rows | {"validation_energy_rmse_per_atom": [2e-3, 1e-3]})
-            return PeerExperiment(dataset, split_dataset(dataset, seed=config.seed), {}, table, data.parent)
-
-        monkeypatch.setenv("TLMC_REPORTS_DIR", str(data.parent / "costs"))
-        monkeypatch.setattr("tlmc.peer.run_peer", history)
-        monkeypatch.setitem(RECIPES, "quick", RECIPES["quick"] | {"epochs": 2})
-        code, text, _ = tlmc("-q", "peer", data, "--against", "quick", "--start-model", "ani2xt", "--seed", 1)
-        assert code == 0
-        assert "peer_cost.csv" in text
-        table = pd.read_csv(data.parent / "costs" / "tables" / "peer_cost.csv")
-        assert table["setting"].tolist() == ["sevennet"] * 2 + ["ani2xt, quick"] * 2
-        assert set(table["seed"]) == {1}
-        assert table["cpu_seconds"].gt(0).all()
-        assert (data.parent / "costs" / "figures" / "peer_cost.png").is_file()
+    def test_without_the_package(self, tlmc, data, monkeypatch):
+        monkeypatch.setattr("tlmc.families.sevennet.family.SevenNetFamily.is_installed", staticmethod(lambda: False))
+        code, _, text = tlmc("-q", "finetune", data, "--start-model", "sevennet")
+        assert (code, text) == (2, "SevenNet-0 needs the package sevenn: pip install 'tlmc[sevennet]'")
 
 
 class TestStudy:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import tlmc.study.parameters
 from helpers.places import ROOT
 from tlmc import potentials, provenance
-from tlmc.cli import app as cli
+from tlmc.cli import main as cli
 from tlmc.errors import ConfigError, DataError, StudyError
 from tlmc.experiments import run as runs
 from tlmc.experiments import sweep as sweeps

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tlmc.cli.app import app
+from tlmc.cli.main import app
 
 __all__ = ["app"]

@@ -26,7 +26,7 @@ from tlmc.files import write_json, write_text
 from tlmc.paths import reports_dir
 from tlmc.potentials.calculator import predict
 from tlmc.potentials.model import Potential
-from tlmc.potentials.start_models import family_of
+from tlmc.potentials.start_models import family_of, load_start_model
 from tlmc.training.config import FinetuneConfig, recipe
 from tlmc.training.distributed import Group
 from tlmc.training.fine_tuning import FinetuneResult, finetune
@@ -270,7 +270,8 @@ def convergence(
     n_seeds, first_seed
         Seeds of split and training.
     settings
-        Under each name the ``recipe`` (``"short"`` if not given) and what differs from it, e.g.
+        Under each name the ``recipe`` (``"short"`` if not given), the ``start_model`` if it is another one, such as
+        ``"sevennet"``, whose recipe has the same name, and what differs from the recipe, e.g.
         ``{"ridge, batch 8": {"warm_start": "ridge", "batch_size": 8, "lr": 6e-4}}``.
     share
         Part of each setting's epochs (rounded, at least one) to train, for a trial of the whole; schedules end with it.
@@ -292,6 +293,10 @@ def convergence(
     if not share > 0:
         raise ConfigError(f"share must be above 0, got {share}")
     configs = {name: _shortened(setting, share) for name, setting in settings.items()}
+    models = {
+        name: load_start_model(setting["start_model"]) if "start_model" in setting else model
+        for name, setting in settings.items()
+    }
     for dataset in datasets:
         check_labels(dataset, model, trust=trust_labels)
     runs = [
@@ -303,11 +308,11 @@ def convergence(
     tables = []
     for dataset, name, config in runs:
         parts = split_dataset(dataset, method=split, seed=config.seed)
-        target = reports_dir() / "runs" / "convergence" / f"{run_name(model, dataset, parts, config)}.csv"
+        target = reports_dir() / "runs" / "convergence" / f"{run_name(models[name], dataset, parts, config)}.csv"
         if not target.exists():
             _LOG.info("%s on %s, seed %d", name, dataset.name, config.seed)
             try:
-                history = _timed_history(model, dataset, parts, config, progress)
+                history = _timed_history(models[name], dataset, parts, config, progress)
             except KeyboardInterrupt as error:
                 raise interrupted(
                     error,
@@ -332,7 +337,7 @@ def _check_counts(n_seeds: int, **several: Sized) -> None:
 
 def _shortened(setting: Mapping[str, Any], share: float) -> FinetuneConfig:
     """Return the configuration of an entry of the settings of `convergence`, with a part of its epochs."""
-    changes = {key: value for key, value in setting.items() if key != "recipe"}
+    changes = {key: value for key, value in setting.items() if key not in ("recipe", "start_model")}
     config = recipe(setting.get("recipe", "short"), **changes)
     return config.model_copy(update={"epochs": max(1, round(share * config.epochs))})
 

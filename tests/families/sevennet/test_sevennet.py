@@ -18,6 +18,7 @@ from tlmc.data import Dataset, split_dataset
 from tlmc.errors import ConfigError, ModelError
 from tlmc.evaluation import evaluate
 from tlmc.families.sevennet import model as sevennet
+from tlmc.families.sevennet.family import SevenNetFamily
 from tlmc.families.sevennet.learner import SevenNetLearner
 from tlmc.families.sevennet.model import SHA256, read_checkpoint
 from tlmc.files import sha256_file
@@ -68,7 +69,7 @@ class TestReading:
             read_checkpoint(tmp_path / "x.pth")
 
     def test_without_the_package(self, monkeypatch):
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        monkeypatch.setattr(SevenNetFamily, "is_installed", staticmethod(lambda: False))
         with pytest.raises(ConfigError, match=r"needs the package sevenn: pip install 'tlmc\[sevennet\]'"):
             load_start_model("sevennet")
 

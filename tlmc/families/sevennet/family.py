@@ -79,8 +79,13 @@ class SevenNetFamily(Family):
 
         return SevenNetLearner(cast("SevenNetPotential", model), frames, group.device, report)
 
+    @staticmethod
+    def is_installed() -> bool:
+        """Tell whether the package ``sevenn`` can be imported, without importing it."""
+        return importlib.util.find_spec("sevenn") is not None
+
     def _check_installed(self) -> None:
-        if importlib.util.find_spec("sevenn") is None:
+        if not self.is_installed():
             raise ConfigError("SevenNet-0 needs the package sevenn: pip install 'tlmc[sevennet]'")
 
 
