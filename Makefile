@@ -10,7 +10,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install study test test-fast test-python test-processors test-notebooks test-cluster lint bench notebooks \
+.PHONY: help install study test test-fast test-python test-processors test-notebooks test-cluster test-dist lint bench notebooks \
 	strip clean clean-runs
 
 PROFILE ?= laptop
@@ -57,6 +57,9 @@ test-notebooks: $(STAMP) ## the notebooks alone (smoke profile)
 
 test-cluster: $(STAMP) ## a sweep through a real Slurm of one node on this machine (Debian's packages; installed if root)
 	$(PY) tests/cluster/slurm_sweep.py
+
+test-dist: ## build wheel and sdist, install the wheel into an empty environment and use it there
+	$(if $(wildcard $(PY)),$(PY),python3) tests/dist/try_wheel.py
 
 lint: $(STAMP) ## ruff (lint and format, notebooks included) and mypy
 	$(PY) -m ruff check .

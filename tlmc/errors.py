@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterable
 from difflib import SequenceMatcher
@@ -52,6 +53,26 @@ class Interrupted(OneSentence, KeyboardInterrupt):
         super().__init__(sentence)
         self.number = number
         """Signal that it was."""
+
+
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """Return the sentence for a module that an extra of this package brings, or None for any other.
+
+    Parameters
+    ----------
+    error
+        What an import raised.
+    """
+    from importlib.metadata import requires
+
+    package = (error.name or "").partition(".")[0]
+    for line in requires("tlmc") or ():
+        requirement, _, marker = line.partition(";")
+        extra = marker.partition("==")[2].strip(" \"'")
+        # `test` repeats the others
+        if extra and extra != "test" and re.split(r"[^\w.-]", requirement.strip())[0].lower() == package.lower():
+            return f"this needs {package}, which is not installed: pip install 'tlmc[{extra}]'"
+    return None
 
 
 def nearest_first(name: str, known: Iterable[str]) -> list[str]:

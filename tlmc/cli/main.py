@@ -22,7 +22,7 @@ from rich.table import Column, Table
 from typer.core import TyperGroup
 
 # What is slow to import (torch, ASE, matplotlib) is imported by the commands that need it: --help answers at once.
-from tlmc.errors import ConfigError, TlmcError
+from tlmc.errors import ConfigError, TlmcError, missing_extra
 from tlmc.files import atomic_path, write_json
 from tlmc.paths import cache_dir, mirror_dir, reports_dir
 
@@ -88,6 +88,12 @@ class _Commands(TyperGroup):
             rank = os.environ.get("RANK", "0")
             if rank != "0":
                 sentence = f"process {rank}: {sentence}"
+            err.print(f"[red]{escape(sentence)}[/red]", soft_wrap=True)
+            raise typer.Exit(2) from error
+        except ModuleNotFoundError as error:
+            sentence = missing_extra(error) or ""
+            if not sentence:
+                raise
             err.print(f"[red]{escape(sentence)}[/red]", soft_wrap=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
