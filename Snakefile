@@ -37,7 +37,7 @@ def keep(folder, name):
 
 def planned(wildcards):
     """Plan the sweep and return what its runs leave."""
-    from tlmc import sweeps  # slow to import, and the jobs of a cluster read this file too
+    from tlmc.study import sweep as sweeps  # slow to import, and the jobs of a cluster read this file too
 
     folder = Path(RESULTS, wildcards.sweep)
     names = sweeps.plan(DESCRIPTIONS / f"{wildcards.sweep}.yml", folder)

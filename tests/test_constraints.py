@@ -20,7 +20,7 @@ from tlmc.data.loading import dataset_from_frames, load_dataset
 from tlmc.errors import DataError
 from tlmc.labelling import Method, label
 from tlmc.sampling import CalculatorPool
-from tlmc.sampling.normal_modes import hessian
+from tlmc.sampling.modes import hessian
 
 
 def frames(n: int = 3) -> list[Atoms]:

@@ -14,7 +14,7 @@ from ase.build import molecule
 from helpers.places import ROOT
 from helpers.potential_references import toy_potential
 from tlmc.families.ani import build_cache
-from tlmc.families.ani.compiled_sweeps import kernels
+from tlmc.families.ani.compiled_sweeps import library
 from tlmc.paths import cache_dir, user_cache_dir
 
 
@@ -34,7 +34,7 @@ def test_probe(number):
         assert not any(folder.is_relative_to(user) for user in users)
     cache = build_cache(toy_potential(), [molecule("H2O")] * number, torch.float64, None)
     assert cache.folder.is_relative_to(cache_dir())
-    found = kernels(torch.float64)
+    found = library(torch.float64)
     assert (found is not None) == bool(list((cache_dir() / "kernels").glob("*.so")))
     if log := os.environ.get("TLMC_PROBE_LOG"):
         weights = (cache_dir() / "start-models" / "weights.pt").read_text()

@@ -23,7 +23,7 @@ from tlmc.families.ani.engine import Engine
 from tlmc.families.ani.evaluation import member_energies
 from tlmc.potentials import TlmcCalculator, predict
 from tlmc.potentials.model_files import load_model, save_model
-from tlmc.sampling.normal_modes import exact_hessian
+from tlmc.sampling.modes import exact_hessian
 from tlmc.training.loss import batch_loss
 
 SMALL = {"r_cut": 3.0, "n_max": 2, "l_max": 2}

@@ -15,7 +15,7 @@ from ase.units import Hartree
 from tlmc.descriptors.aev import AEVParameters
 from tlmc.families.ani import Layer
 from tlmc.families.ani.model import AniPotential as Potential
-from tlmc.potentials.start_models import weights_path
+from tlmc.potentials.registry import weights_path
 
 with warnings.catch_warnings():
     # said on first import, about optional CUDA kernels

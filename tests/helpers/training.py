@@ -9,7 +9,7 @@ from ase.build import molecule
 from helpers.potential_references import toy_potential
 from tlmc.data.dataset import Dataset
 from tlmc.potentials import predict
-from tlmc.potentials.start_models import family_of
+from tlmc.potentials.registry import family_of
 from tlmc.training.config import FinetuneConfig, recipe
 from tlmc.training.distributed import Group
 from tlmc.training.trainer import Trainer

@@ -17,7 +17,7 @@ from tlmc.descriptors.soap import SOAP
 from tlmc.errors import ConfigError, DataError
 from tlmc.evaluation.metrics import evaluate
 from tlmc.kernel_methods import GDML, DescriptorGPR, Gaussian, GaussianProcess, NystromProcess
-from tlmc.kernel_methods.learning_curve import fit_seconds, learning_curve, power_law
+from tlmc.kernel_methods.learning_curves import fit_seconds, learning_curve, power_law
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from tlmc.errors import ConfigError, DataError, ModelError
 from tlmc.labelling import method
 from tlmc.potentials import TlmcCalculator
 from tlmc.sampling import draw_fractions, exact_hessian, hessian, normal_modes, rigid_motions, sample
-from tlmc.sampling.normal_modes import WAVENUMBER
+from tlmc.sampling.modes import WAVENUMBER
 
 
 class Springs(Calculator):

@@ -381,7 +381,7 @@ def casestudy(
     """
     _draw_without_window()
     from tlmc.potentials.borrowing import THESIS_DONORS
-    from tlmc.potentials.start_models import load_start_model
+    from tlmc.potentials.registry import load_start_model
     from tlmc.thesis.casestudy import CaseStudy, format_errors, load_crystals, sources, write_results
 
     changes = _settings(setting, {"seed": "--seeds", "recipe": "--recipe"} | _options({"epochs": epochs}))
@@ -570,7 +570,7 @@ def fetch(
     tlmc fetch ani2xt molcrys-mace/21_urea
     """
     from tlmc.data.loading import available, load_dataset
-    from tlmc.potentials.start_models import start_models, weights_path
+    from tlmc.potentials.registry import start_models, weights_path
 
     models, datasets = start_models(), available()
     if show:
@@ -633,7 +633,7 @@ def info(
 
     tlmc info model.safetensors --json
     """
-    from tlmc.potentials.start_models import start_models
+    from tlmc.potentials.registry import start_models
 
     is_model = subject is not None and (subject in start_models() or Path(subject).suffix == ".safetensors")
     if (subject is None or is_model) and any((energy_key, forces_key, stress_key, units)):
@@ -754,7 +754,7 @@ def sweep_plan(
 
     tlmc sweep plan notebooks/sweeps/smoke.yml -o my-sweep
     """
-    from tlmc.experiments.sweep import parameters_file, plan
+    from tlmc.study.sweep import parameters_file, plan
 
     folder = (output or reports_dir() / "sweeps" / description.stem).resolve()
     for name in plan(description, folder):
@@ -776,7 +776,7 @@ def sweep_run(
 
     tlmc sweep run my-sweep/parameters/RUN.yml -o my-sweep/results/RUN
     """
-    from tlmc.experiments.sweep import carry_out
+    from tlmc.study.sweep import carry_out
 
     out.print(str(carry_out(parameters, output, device)), soft_wrap=True)
 
@@ -792,7 +792,7 @@ def sweep_collect(folder: Annotated[Path, typer.Argument(help="Folder of the swe
     tlmc sweep collect my-sweep
     """
     from tlmc.experiments.records import append_records, comparison_table, told_apart
-    from tlmc.experiments.sweep import collect, write_table
+    from tlmc.study.sweep import collect, write_table
 
     state = collect(folder)
     if state.finished:
@@ -858,7 +858,7 @@ def _load(
 def _model(name: str, mapped: list[str] | None, borrow: Literal["relabel", "extend"] = "relabel") -> Potential:
     """Load a start model by name or a model file, with borrowed elements."""
     from tlmc.potentials.model_files import load_model
-    from tlmc.potentials.start_models import load_start_model
+    from tlmc.potentials.registry import load_start_model
 
     if Path(name).suffix == ".safetensors":
         model, _ = load_model(name)
@@ -972,7 +972,7 @@ def _parity(target: Path, data: Dataset, stages: Mapping[str, Stage], recipe: st
 def _installation() -> dict[str, str]:
     import torch
 
-    from tlmc.potentials.start_models import reachable, start_models, weights_path
+    from tlmc.potentials.registry import reachable, start_models, weights_path
     from tlmc.provenance import git_revision, package_versions
 
     facts = package_versions()
@@ -1027,7 +1027,7 @@ def _against_model(data: Dataset, start_model: str | None, mapped: list[str] | N
     """Compare labels with a start model; without a name with ani2xt, if its weights are here already."""
     from tlmc.errors import ModelError
     from tlmc.evaluation.label_check import check_labels
-    from tlmc.potentials.start_models import weights_path
+    from tlmc.potentials.registry import weights_path
 
     if start_model is None and not weights_path("ani2xt").is_file():
         return {}

@@ -169,3 +169,14 @@ def charge_state(info: Mapping[Any, Any]) -> dict[str, float]:
                 state[name] = round(float(value), 0 if name == "magnetic moment" else 1) + 0.0
                 break
     return state
+
+
+def dataset_facts(dataset: Dataset) -> dict[str, Any]:
+    """Return what a report says of a data set: name, source, level of theory, number of frames, hash."""
+    return {
+        "name": dataset.name,
+        "source": dataset.source,
+        "level_of_theory": dataset.level_of_theory,
+        "frames": len(dataset),
+        "hash": dataset.hash,
+    }

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from tlmc.equality import equal_by_content
 from tlmc.evaluation.metrics import Metric, by_kind, evaluate
-from tlmc.experiments.records import rows_from_metrics
 from tlmc.potentials.calculator import predict
 from tlmc.potentials.model import Predictions
 from tlmc.potentials.reference import fit_reference
@@ -72,37 +71,3 @@ def before_and_after(
         predictions = predict(model, chosen.frames)
         stages[name] = Stage(predictions, evaluate(chosen, predictions), by_kind(chosen, predictions))
     return stages
-
-
-def rows_from_stages(
-    stages: Mapping[str, Stage],
-    *,
-    study: str,
-    dataset: str,
-    start_model: str,
-    seed: int,
-    n_train: int,
-    run_id: str,
-    identity: Mapping[str, str],
-    split: Part = "test",
-) -> list[dict[str, Any]]:
-    """Turn the stages of one run into records; the arguments are the columns of the record (`identity` several).
-
-    The start model as it is has seen no frames, so its ``n_train`` is 0.
-    """
-    return [
-        row
-        for name, stage in stages.items()
-        for row in rows_from_metrics(
-            stage.metrics,
-            study=study,
-            dataset=dataset,
-            start_model=start_model,
-            recipe=name,
-            seed=seed,
-            split=split,
-            n_train=0 if name == START else n_train,
-            run_id=run_id,
-            identity=identity,
-        )
-    ]

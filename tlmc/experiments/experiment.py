@@ -18,15 +18,15 @@ from tlmc.data.dataset import Dataset
 from tlmc.data.splits import Split, SplitMethod, shrunk, split_dataset
 from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError
-from tlmc.evaluation.comparison import REFITTED, START, Stage, before_and_after, rows_from_stages
+from tlmc.evaluation.comparison import REFITTED, START, Stage, before_and_after
 from tlmc.evaluation.label_check import check_labels
 from tlmc.evaluation.metrics import as_json, evaluate
-from tlmc.experiments.records import NAMES, append_records, identity, rows_from_metrics
+from tlmc.experiments.records import NAMES, append_records, identity, rows_from_metrics, rows_from_stages
 from tlmc.files import write_json, write_text
 from tlmc.paths import reports_dir
 from tlmc.potentials.calculator import predict
 from tlmc.potentials.model import Potential
-from tlmc.potentials.start_models import family_of, load_start_model
+from tlmc.potentials.registry import family_of, load_start_model
 from tlmc.training.config import FinetuneConfig, recipe
 from tlmc.training.distributed import Group
 from tlmc.training.fine_tuning import FinetuneResult, finetune

@@ -11,7 +11,7 @@ from tlmc.data.loading import available
 from tlmc.families.ani.pretrained import registered
 from tlmc.potentials.model import Potential
 from tlmc.potentials.model_files import load_model
-from tlmc.potentials.start_models import load_start_model, start_models, weights_path
+from tlmc.potentials.registry import load_start_model, start_models, weights_path
 from tlmc.training.config import FinetuneConfig
 from tlmc.training.recipes import recipes
 

@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from tlmc.errors import ConfigError, DataError
+from tlmc.evaluation.comparison import START, Part, Stage
 from tlmc.evaluation.metrics import Metric
 from tlmc.files import atomic_path, write_text
 from tlmc.paths import reports_dir
@@ -155,6 +156,40 @@ def rows_from_metrics(
     }
     return [
         run | {"quantity": quantity, "unit": metric.unit, "value": metric.value} for quantity, metric in metrics.items()
+    ]
+
+
+def rows_from_stages(
+    stages: Mapping[str, Stage],
+    *,
+    study: str,
+    dataset: str,
+    start_model: str,
+    seed: int,
+    n_train: int,
+    run_id: str,
+    identity: Mapping[str, str],
+    split: Part = "test",
+) -> list[dict[str, Any]]:
+    """Turn the stages of one run into records; the arguments are the columns of the record (`identity` several).
+
+    The start model as it is has seen no frames, so its ``n_train`` is 0.
+    """
+    return [
+        row
+        for name, stage in stages.items()
+        for row in rows_from_metrics(
+            stage.metrics,
+            study=study,
+            dataset=dataset,
+            start_model=start_model,
+            recipe=name,
+            seed=seed,
+            split=split,
+            n_train=0 if name == START else n_train,
+            run_id=run_id,
+            identity=identity,
+        )
     ]
 
 

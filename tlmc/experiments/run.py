@@ -25,7 +25,7 @@ from tlmc.experiments.records import append_records, identity, rows_from_metrics
 from tlmc.files import write_text
 from tlmc.potentials.borrowing import Borrowing
 from tlmc.potentials.model import Potential
-from tlmc.potentials.start_models import load_start_model
+from tlmc.potentials.registry import load_start_model
 from tlmc.training.config import FinetuneConfig, recipe
 from tlmc.training.identity import run_name, start_hash
 from tlmc.training.replay import isolated_molecules

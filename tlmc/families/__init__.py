@@ -1,4 +1,4 @@
 """Families of potentials, a folder each: architecture, start models, and how they learn.
 
-A family is found by its folder alone (:mod:`tlmc.potentials.start_models`), so that a new one changes nothing outside.
+A family is found by its folder alone (:mod:`tlmc.potentials.registry`), so that a new one changes nothing outside.
 """

@@ -12,7 +12,7 @@ from tlmc.kernel_methods.gap import GAP
 from tlmc.kernel_methods.gdml import GDML
 from tlmc.kernel_methods.gpr import GaussianProcess
 from tlmc.kernel_methods.large import IterativeProcess, NystromProcess, conjugate_gradients
-from tlmc.kernel_methods.learning_curve import fit_seconds, learning_curve, power_law
+from tlmc.kernel_methods.learning_curves import fit_seconds, learning_curve, power_law
 from tlmc.kernel_methods.permutations import complete_group, find_permutations
 
 __all__ = [

@@ -29,7 +29,7 @@ from tlmc.plots.style import (
 )
 from tlmc.sampling.active_learning import mean_interval
 from tlmc.sampling.calibration import Reliability, SpreadBins
-from tlmc.sampling.normal_modes import NormalModes
+from tlmc.sampling.modes import NormalModes
 
 _QUANTITIES: Final = {
     "force_rmse_vector": ("test force RMSE, vector (eV/Å)", 1.0),
@@ -49,7 +49,7 @@ def normal_mode(modes: NormalModes, mode: int, ax: Axes | None = None, *, arrow:
     Parameters
     ----------
     modes
-        From `tlmc.sampling.normal_modes`.
+        From `tlmc.sampling.modes`.
     mode
         Which one.
     ax

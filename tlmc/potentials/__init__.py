@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tlmc.lazy import loaded_at_use
-from tlmc.potentials.start_models import load_start_model, reachable, start_models, weights_path
+from tlmc.potentials.registry import load_start_model, reachable, start_models, weights_path
 
 if TYPE_CHECKING:
     from tlmc.potentials.borrowing import THESIS_DONORS, Borrowing, parse_element_map

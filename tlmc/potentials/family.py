@@ -36,7 +36,7 @@ class Family(ABC):
 
     @abstractmethod
     def load(self, name: str) -> Potential:
-        """Load a start model; see :func:`tlmc.potentials.start_models.load_start_model`."""
+        """Load a start model; see :func:`tlmc.potentials.registry.load_start_model`."""
 
     @abstractmethod
     def weights_path(self, name: str) -> Path:

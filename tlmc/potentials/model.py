@@ -60,7 +60,7 @@ class Potential(ABC):
     """
 
     family: ClassVar[str]
-    """Name of the family, which is that of its folder (:mod:`tlmc.potentials.start_models`)."""
+    """Name of the family, which is that of its folder (:mod:`tlmc.potentials.registry`)."""
     advice: ClassVar[str] = ""
     """What to do about an element that it lacks."""
 

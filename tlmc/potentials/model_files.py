@@ -16,7 +16,7 @@ from tlmc.arguments import checked
 from tlmc.errors import ModelError
 from tlmc.files import atomic_path
 from tlmc.potentials.model import Potential
-from tlmc.potentials.start_models import families
+from tlmc.potentials.registry import families
 from tlmc.provenance import git_revision, package_versions
 
 FORMAT = "tlmc-model-2"

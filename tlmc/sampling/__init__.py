@@ -30,7 +30,7 @@ from tlmc.sampling.calibration import (
 from tlmc.sampling.committee import CommitteePredictions, bootstrap, disputed, members, predict_committee
 from tlmc.sampling.diversity import cur, farthest_points, leverage_scores
 from tlmc.sampling.last_layer import LastLayerCommittee
-from tlmc.sampling.normal_modes import (
+from tlmc.sampling.modes import (
     NormalModes,
     Samples,
     draw_fractions,

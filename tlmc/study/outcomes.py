@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
+from tlmc.data.dataset import dataset_facts
 from tlmc.errors import ConfigError
 from tlmc.files import sha256_file, write_json
 from tlmc.paths import reports_dir
@@ -79,17 +80,6 @@ def write_metrics(
     except ValueError as error:
         raise ConfigError(f"{notebook}: a metric is not a finite number: {error}") from error
     return target
-
-
-def dataset_facts(dataset: Dataset) -> dict[str, Any]:
-    """Return what a report says of a data set: name, source, level of theory, number of frames, hash."""
-    return {
-        "name": dataset.name,
-        "source": dataset.source,
-        "level_of_theory": dataset.level_of_theory,
-        "frames": len(dataset),
-        "hash": dataset.hash,
-    }
 
 
 def read_record(reports: Path, profile: str, notebook: str) -> Record | None:

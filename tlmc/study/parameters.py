@@ -24,7 +24,7 @@ from tlmc.experiments.run import make_run
 from tlmc.families.ani.device_cache import find_device
 from tlmc.potentials.borrowing import THESIS_DONORS, Borrowing, parse_element_map
 from tlmc.potentials.model import Potential
-from tlmc.potentials.start_models import load_start_model, start_models
+from tlmc.potentials.registry import load_start_model, start_models
 from tlmc.thesis.ablations import ABLATIONS
 from tlmc.thesis.casestudy import CaseStudy, load_crystals, short_name, sources
 from tlmc.training.config import recipe

@@ -20,11 +20,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tlmc.data.dataset import dataset_facts
 from tlmc.errors import ConfigError, StudyError
 from tlmc.files import listed, sha256_file, write_json
 from tlmc.paths import project_root, reports_dir
 from tlmc.provenance import code_hash, package_versions
-from tlmc.study.outcomes import dataset_facts, metrics_file, read_record, record_file
+from tlmc.study.outcomes import metrics_file, read_record, record_file
 from tlmc.study.profiles import Parameter, Profile, Step, load_profile, profile_files, read_notebook
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def _own_data(
     Notebooks about one crystal get the thesis' own choice, 32, or the first.
     """
     from tlmc.data.loading import load_dataset
-    from tlmc.potentials.start_models import load_start_model
+    from tlmc.potentials.registry import load_start_model
     from tlmc.thesis.casestudy import CaseStudy, borrowed_elements, crystal_files, leading, load_crystals, short_name
 
     files = [str(path.resolve()) for path in crystal_files(folder)]
@@ -227,7 +228,7 @@ def _shared_inputs(
 
     Returns the code's, the model's and the data sets' fingerprints, and what a report says of the sets.
     """
-    from tlmc.potentials.start_models import load_start_model
+    from tlmc.potentials.registry import load_start_model
 
     inputs = {"code": code_hash(), "versions": json.dumps(package_versions())}
     if profile.start_model:

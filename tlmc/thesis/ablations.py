@@ -24,7 +24,7 @@ from tlmc.evaluation.comparison import REFITTED, START
 from tlmc.experiments.records import check_comparable, one_of_each, read_records
 from tlmc.experiments.run import MOLECULES, Run, execute, run_id
 from tlmc.potentials.borrowing import THESIS_DONORS
-from tlmc.potentials.start_models import load_start_model
+from tlmc.potentials.registry import load_start_model
 
 _LOG = logging.getLogger(__name__)
 

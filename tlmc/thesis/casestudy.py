@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from tlmc import plots
 from tlmc.data.analysis import packings
-from tlmc.data.dataset import Dataset
+from tlmc.data.dataset import Dataset, dataset_facts
 from tlmc.data.loading import load_dataset
 from tlmc.data.splits import Split, shrunk, split_dataset, warn_of_left_out
 from tlmc.equality import equal_by_content
@@ -42,7 +42,6 @@ from tlmc.potentials.borrowing import THESIS_DONORS, Borrowing
 from tlmc.potentials.calculator import predict
 from tlmc.potentials.model import Potential, Predictions
 from tlmc.provenance import git_revision, package_versions
-from tlmc.study.outcomes import dataset_facts
 from tlmc.training.config import FinetuneConfig, recipe
 from tlmc.training.fine_tuning import FinetuneResult, finetune
 from tlmc.training.identity import run_name, start_hash

@@ -32,8 +32,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tlmc.devices import find_device
 from tlmc.errors import ConfigError, TlmcError
-from tlmc.families.ani.device_cache import find_device
 
 PATIENCE = timedelta(hours=12)
 """How long a process waits for another; long, since the first one may compute descriptors or validate alone."""

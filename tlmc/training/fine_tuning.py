@@ -22,7 +22,7 @@ from tlmc.equality import equal_by_content
 from tlmc.errors import ConfigError, DataError, ModelError
 from tlmc.potentials.model import Potential
 from tlmc.potentials.reference import fit_reference
-from tlmc.potentials.start_models import family_of
+from tlmc.potentials.registry import family_of
 from tlmc.progress import is_watched
 from tlmc.training.config import FinetuneConfig, check_supported
 from tlmc.training.distributed import Group

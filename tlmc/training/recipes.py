@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from tlmc.potentials.start_models import families
+from tlmc.potentials.registry import families
 
 # at three times the rate single frames far from the others come out much worse
 _RICH: dict[str, Any] = {

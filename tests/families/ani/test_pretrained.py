@@ -22,7 +22,7 @@ from tlmc.families.ani import pretrained
 from tlmc.files import sha256_file
 from tlmc.paths import PACKAGE_DIR
 from tlmc.potentials import load_start_model, predict, reachable, start_models
-from tlmc.potentials.start_models import weights_path
+from tlmc.potentials.registry import weights_path
 
 REGISTRY = json.loads((PACKAGE_DIR / "registry.json").read_text())["start_models"]
 DEAD_HOST = "http://127.0.0.1:9"

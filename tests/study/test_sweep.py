@@ -22,11 +22,11 @@ from tlmc import potentials, provenance
 from tlmc.cli import main as cli
 from tlmc.errors import ConfigError, DataError, StudyError
 from tlmc.experiments import run as runs
-from tlmc.experiments import sweep as sweeps
 from tlmc.experiments.records import append_records, read_records
 from tlmc.experiments.run import Run
 from tlmc.files import WRITTEN_LIST, write_json, write_text
 from tlmc.paths import project_root
+from tlmc.study import sweep as sweeps
 from tlmc.study.profiles import notebook_defaults
 
 # nbformat and the kernel's sockets warn about things outside this package
@@ -495,7 +495,7 @@ class TestCollect:
     def test_a_run_that_was_killed_is_a_failed_one(self, description, tmp_path):
         name = sweeps.plan(description, tmp_path)[0]
         code = (
-            "import os, sys; from pathlib import Path; from tlmc import sweeps\n"
+            "import os, sys; from pathlib import Path; from tlmc.study import sweep as sweeps\n"
             "sweeps.execute_notebook = lambda *_: os._exit(9)\n"
             "sweeps.carry_out(Path(sys.argv[1]), Path(sys.argv[2]))"
         )

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import tlmc.families
 from tlmc.arguments import checked
 from tlmc.errors import ModelError, nearest_first
 from tlmc.potentials.family import Family
@@ -26,7 +25,8 @@ if TYPE_CHECKING:
 def families() -> Mapping[str, Family]:
     """Return the families by name: one for every folder of :mod:`tlmc.families` with a module ``family``."""
     found = {}
-    for folder in pkgutil.iter_modules(tlmc.families.__path__):
+    package = importlib.import_module("tlmc.families")  # by name: what lies below knows none of them
+    for folder in pkgutil.iter_modules(package.__path__):
         found[folder.name] = cast(Family, importlib.import_module(f"tlmc.families.{folder.name}.family").FAMILY)
     return found
 
