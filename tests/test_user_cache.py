@@ -35,7 +35,7 @@ def test_probe(number):
     cache = build_cache(toy_potential(), [molecule("H2O")] * number, torch.float64, None)
     assert cache.folder.is_relative_to(cache_dir())
     found = library(torch.float64)
-    assert (found is not None) == bool(list((cache_dir() / "kernels").glob("*.so")))
+    assert (found is not None) == bool(list((cache_dir() / "compiled").glob("*.so")))
     if log := os.environ.get("TLMC_PROBE_LOG"):
         weights = (cache_dir() / "start-models" / "weights.pt").read_text()
         with open(log, "a") as file:
