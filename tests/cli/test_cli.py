@@ -200,7 +200,7 @@ class TestFinetune:
         assert Path("two", "parity.png").is_file()
         assert tlmc("-q", "finetune", data, "--run-dir", "one", *options)[0] == 0
         two, one = (json.loads(Path(folder, "metrics.json").read_text()) for folder in ("two", "one"))
-        assert two["run_id"] == one["run_id"]
+        assert two["run_key"] == one["run_key"]
         for name, metric in one["test"]["short"].items():
             assert two["test"]["short"][name]["value"] == pytest.approx(metric["value"], rel=1e-5), name
 

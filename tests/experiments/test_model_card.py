@@ -58,7 +58,7 @@ def test_a_fine_tuned_model(run):
     assert page["committee"].startswith("no: only the mean of its 2 members is a prediction")
     assert page["borrowed elements"].startswith("Si from C: treated as their donors")
     assert "float32" in page["precision"]
-    assert f"run {run.result.run_id}" in page["made by"]
+    assert f"run {run.result.run_key}" in page["made by"]
     assert (
         "elements other than C, H, O, those of its training data: energies are refused" in page["what it does not know"]
     )
@@ -90,13 +90,13 @@ def test_level_of_theory_of_the_file_or_the_registry(run, tmp_path):
         (None, "there is no metrics.json beside the file"),
         ("{", "holds none (JSONDecodeError"),
         ("[]", "holds none (TypeError"),
-        ('{"run_id": "1", "test": {"start": {}}}', "holds none (KeyError"),
-        ('{"run_id": "other", "test": {}}', "belongs to run other"),
+        ('{"run_key": "1", "test": {"start": {}}}', "holds none (KeyError"),
+        ('{"run_key": "other", "test": {}}', "belongs to run other"),
     ],
 )
 def test_errors_of_another_run_are_not_shown(tmp_path, metrics, sentence):
     path = tmp_path / "model.safetensors"
-    save_model(toy_potential(), path, {"run_id": "mine"})
+    save_model(toy_potential(), path, {"run_key": "mine"})
     if metrics is not None:
         path.with_name("metrics.json").write_text(metrics)
     assert sentence in model_page(model_facts(str(path)))["test errors"]
@@ -121,7 +121,7 @@ def test_means_files_without_a_word_and_strange_ones(tmp_path):
     page = model_page(model_facts(str(path)))
     assert page["what it is"] == "a model that descends from toy, 3 members; the file does not say how"
     assert page["committee"].startswith("yes: its 3 members")
-    strange = {"data": 3, "split": None, "config": ["x"], "metrics": {"validation_force_rmse_vector": "x"}, "run_id": 5}
+    strange = {"data": 3, "split": None, "config": ["x"], "metrics": {"validation_force_rmse_vector": "x"}, "run_key": 5}
     save_model(toy_potential(), path, strange)
     page = model_page(model_facts(str(path)))
     assert "trained on" not in page

@@ -43,7 +43,7 @@ def row(**changes):
         "unit": "eV/A",
         "value": 0.05,
         "n_train": 84,
-        "run_id": "a1",
+        "run_key": "a1",
         "data_hash": "d1",
         "split_hash": "s1",
         "split_method": "random",
@@ -87,15 +87,15 @@ class TestAppend:
 
     def test_a_later_run_takes_the_place_of_the_whole_evaluation(self, tmp_path):
         append_records([row(), row(quantity="force_rmse_vector_O"), row(seed=1)], tmp_path)
-        append_records([row(run_id="later", value=0.04)], tmp_path)
+        append_records([row(run_key="later", value=0.04)], tmp_path)
         read = read_records(tmp_path)
-        assert read["run_id"].tolist() == ["later", row()["run_id"]]
+        assert read["run_key"].tolist() == ["later", row()["run_key"]]
         assert read["value"].tolist() == [0.04, 0.05]
 
     def test_what_says_nothing_of_its_frames_is_kept_until_something_does(self, tmp_path):
         append_records([earlier(), earlier(seed=1)], tmp_path)
         assert set(read_records(tmp_path)["data_hash"]) == {records.UNKNOWN}
-        append_records([row(run_id="later", value=0.04)], tmp_path)
+        append_records([row(run_key="later", value=0.04)], tmp_path)
         read = read_records(tmp_path).set_index("seed")
         assert read["data_hash"].to_dict() == {0: "d1", 1: records.UNKNOWN}
         assert read.loc[0, "value"] == 0.04
@@ -237,7 +237,7 @@ def test_rows_from_metrics(tmp_path):
         seed=0,
         split="test",
         n_train=0,
-        run_id="r",
+        run_key="r",
     )
     append_records(rows, tmp_path)
     read = read_records(tmp_path).set_index("quantity")
@@ -258,7 +258,7 @@ def recorded():
     rows = []
     for recipe, seeds in values.items():
         for seed, (force, energy) in enumerate(seeds):
-            common = {"recipe": recipe, "seed": seed, "n_train": 0 if recipe == "start" else 100, "run_id": recipe}
+            common = {"recipe": recipe, "seed": seed, "n_train": 0 if recipe == "start" else 100, "run_key": recipe}
             rows += [
                 row(**common, value=force),
                 row(**common, quantity="force_rmse_component", value=force / math.sqrt(3)),
@@ -324,7 +324,7 @@ def random_and_blocks():
     rows = []
     for seed in range(3):
         for recipe, method, force in (("short", "random", 0.05), ("thesis", "blocks", 0.09)):
-            own = {"seed": seed, "part_hash": f"{method}{seed}", "split_method": method, "run_id": f"{recipe}{seed}"}
+            own = {"seed": seed, "part_hash": f"{method}{seed}", "split_method": method, "run_key": f"{recipe}{seed}"}
             rows += [
                 row(recipe=recipe, value=force, **own),
                 row(recipe="start, offset refitted", value=force * 9, **own),

@@ -4,7 +4,7 @@ import pytest
 
 from tlmc.errors import ConfigError, ModelError
 from tlmc.experiments.records import read_records
-from tlmc.experiments.run import Run, execute, read_run, run_id, write_run
+from tlmc.experiments.run import Run, execute, read_run, run_key, write_run
 
 
 def test_a_run_survives_its_file(tmp_path):
@@ -74,7 +74,7 @@ def test_a_run_uses_its_part_of_the_data_and_is_recorded(monkeypatch, tmp_path):
     records = read_records(study="trial", quantity="force_rmse_vector").query("recipe == @run.name")
     assert sorted(records["split"]) == ["molecules", "test", "validation"]
     assert records[["n_train", "seed"]].drop_duplicates().to_numpy().tolist() == [[6, 2]]
-    assert set(records["run_id"]) == {run_id(run)}
+    assert set(records["run_key"]) == {run_key(run)}
     assert set(records["data_hash"]) == {experiment.dataset.hash}
     assert set(records["split_hash"]) == {experiment.split.hash}
 

@@ -337,7 +337,7 @@ class TestReport:
     def test_front_page_shows_table_figures_and_sources(self, root):
         row = {"study": "quick", "dataset": "urea", "start_model": "ani2xt", "recipe": "short", "seed": 0}
         row |= {"split": "test", "quantity": "force_rmse_vector", "unit": "eV/A", "value": 0.0531, "n_train": 80}
-        append_records([row | {"run_id": "r"}], root / "out" / "metrics")
+        append_records([row | {"run_key": "r"}], root / "out" / "metrics")
         figures = root / "out" / "figures"
         figures.mkdir()
         # of this run, of an earlier one, of none

@@ -508,7 +508,7 @@ class TestCollect:
         row = {"study": "trial", "dataset": "a", "start_model": "ani2xt", "seed": 0, "split": "test", "n_train": 0}
         row |= {"quantity": "force_rmse_vector", "unit": "eV/A", "value": 1.0}
         for name in sweeps.plan(description, tmp_path):
-            rows = [row | {"recipe": recipe, "run_id": name} for recipe in ("start", name)]
+            rows = [row | {"recipe": recipe, "run_key": name} for recipe in ("start", name)]
             path = tmp_path / "results" / name / "metrics.json"
             path.parent.mkdir(parents=True)
             path.write_text(json.dumps({"records": rows}))

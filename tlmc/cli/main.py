@@ -502,7 +502,7 @@ def evaluate(
     if study_name:
         rows = rows_from_metrics(
             metrics, study=study_name, dataset=data.name, start_model=potential.name, recipe=label or Path(model).stem,
-            seed=parts.seed, split=part, n_train=len(parts.train), run_id=_weights_id(model),
+            seed=parts.seed, split=part, n_train=len(parts.train), run_key=_weights_id(model),
             identity=identity(data, parts, part, UNKNOWN if Path(model).is_file() else start),
         )  # fmt: skip
         append_records(rows)
@@ -890,7 +890,7 @@ def _weights_id(model: str) -> str:
 
     if Path(model).suffix != ".safetensors":
         return model
-    return str(load_model(model)[1].get("run_id") or sha256_file(Path(model))[:12])
+    return str(load_model(model)[1].get("run_key") or sha256_file(Path(model))[:12])
 
 
 def _read_split(path: Path, data: Dataset) -> Any:

@@ -157,13 +157,13 @@ def _evaluate(model: Potential, dataset: Dataset, parts: Split, result: Finetune
             start_model=model.name,
             seed=config.seed,
             n_train=len(parts.train),
-            run_id=result.run_key,
+            run_key=result.run_key,
             identity=identity(dataset, parts, "test", start_hash(model)),
         )
         # settings are chosen by these, never by the test part
         validation = dataset.subset(parts.validation)
         metrics = evaluate(validation, predict(result.potential, validation.frames))
-        cell: dict[str, Any] = {name: rows[-1][name] for name in (*NAMES, "run_id")} | {"split": "validation"}
+        cell: dict[str, Any] = {name: rows[-1][name] for name in (*NAMES, "run_key")} | {"split": "validation"}
         cell["identity"] = identity(dataset, parts, "validation", start_hash(model))
         append_records([*rows, *rows_from_metrics(metrics, **cell)])
     return stages

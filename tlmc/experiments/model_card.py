@@ -116,14 +116,14 @@ def _test_errors(path: Path, metadata: Mapping[str, Any]) -> tuple[dict[str, Any
     beside = path.with_name("metrics.json")
     try:
         content = json.loads(beside.read_text(encoding="utf-8"))
-        run_id, test = content["run_id"], content["test"]
+        run_key, test = content["run_key"], content["test"]
         _ = [float(stage[quantity]["value"]) for stage in test.values() for quantity in _TABLE]
     except FileNotFoundError:
         return {}, "unknown: there is no metrics.json beside the file; tlmc evaluate computes them"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, f"unknown: {beside} holds none ({type(error).__name__}: {error})"
-    if run_id != metadata.get("run_id"):
-        return {}, f"unknown: {beside} belongs to run {run_id}"
+    if run_key != metadata.get("run_key"):
+        return {}, f"unknown: {beside} belongs to run {run_key}"
     return dict(test), ""
 
 
@@ -214,7 +214,7 @@ def _made_by(metadata: Mapping[str, Any]) -> dict[str, str]:
         return {}
     versions = _mapping(metadata.get("versions"))
     listed = [f"{name} {versions[name]}" for name in ("tlmc", "torch", "python") if name in versions]
-    run = [f"run {metadata['run_id']}"] if metadata.get("run_id") else []
+    run = [f"run {metadata['run_key']}"] if metadata.get("run_key") else []
     revision = [f"git revision {metadata['git_revision']}"] if metadata.get("git_revision") else []
     return {"made by": ", ".join([*run, *listed, *revision]) or "unknown"}
 

@@ -46,7 +46,7 @@ SCHEMA: Final = pa.schema(
         pa.field("unit", pa.string(), nullable=False),
         pa.field("value", pa.float64(), nullable=False),
         pa.field("n_train", pa.int64(), nullable=False),
-        pa.field("run_id", pa.string(), nullable=False),
+        pa.field("run_key", pa.string(), nullable=False),
         pa.field("data_hash", pa.string(), nullable=False),
         pa.field("split_hash", pa.string(), nullable=False),
         pa.field("split_method", pa.string(), nullable=False),
@@ -58,7 +58,7 @@ SCHEMA: Final = pa.schema(
 a start model as it is), ``unit`` is ``"1"`` for a pure number. ``data_hash`` is that of all frames
 (:attr:`tlmc.data.dataset.Dataset.hash`), ``split_hash`` that of the three parts (:attr:`tlmc.data.splits.Split.hash`),
 ``split_method`` how they were drawn, ``part_hash`` says which frames the number is of, ``start_hash`` which weights and
-borrowed elements the training began with, and ``run_id`` is the hash of all that with the settings."""
+borrowed elements the training began with, and ``run_key`` is the hash of all that with the settings."""
 
 COLUMNS: Final[tuple[str, ...]] = tuple(SCHEMA.names)
 IDENTITY: Final = ("data_hash", "split_hash", "split_method", "part_hash", "start_hash")
@@ -122,7 +122,7 @@ def rows_from_metrics(
     seed: int,
     split: str,
     n_train: int,
-    run_id: str,
+    run_key: str,
     identity: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Turn the metrics of one evaluation into records.
@@ -133,7 +133,7 @@ def rows_from_metrics(
         Quantity to value and unit, as :func:`tlmc.evaluation.evaluate` returns.
     study
         The study or profile the run belongs to.
-    dataset, start_model, recipe, seed, split, n_train, run_id
+    dataset, start_model, recipe, seed, split, n_train, run_key
         What was evaluated, see :data:`SCHEMA`.
     identity
         The frames and the start model (:func:`identity`); :data:`UNKNOWN` if None.
@@ -151,7 +151,7 @@ def rows_from_metrics(
         "seed": seed,
         "split": split,
         "n_train": n_train,
-        "run_id": run_id,
+        "run_key": run_key,
         **(dict.fromkeys(IDENTITY, UNKNOWN) if identity is None else identity),
     }
     return [
@@ -167,7 +167,7 @@ def rows_from_stages(
     start_model: str,
     seed: int,
     n_train: int,
-    run_id: str,
+    run_key: str,
     identity: Mapping[str, str],
     split: Part = "test",
 ) -> list[dict[str, Any]]:
@@ -187,7 +187,7 @@ def rows_from_stages(
             seed=seed,
             split=split,
             n_train=0 if name == START else n_train,
-            run_id=run_id,
+            run_key=run_key,
             identity=identity,
         )
     ]
@@ -238,8 +238,8 @@ def append_records(rows: Iterable[Mapping[str, Any]] | pd.DataFrame, folder: Pat
                     "bring that back, or move the file away"
                 )
             old = _read(target).to_pylist() if target.exists() else []
-            replaced = {_cell(row): row["run_id"] for row in checked}
-            kept = [row for row in old if replaced.get(_cell(row), row["run_id"]) == row["run_id"]]
+            replaced = {_cell(row): row["run_key"] for row in checked}
+            kept = [row for row in old if replaced.get(_cell(row), row["run_key"]) == row["run_key"]]
             # what says nothing of its frames gives way to what does
             told = {tuple(row[name] for name in NAMES) for row in checked if row["part_hash"] != UNKNOWN}
             kept = [

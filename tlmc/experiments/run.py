@@ -130,14 +130,14 @@ def execute(run: Run, study: str = "", progress: bool | None = None, device: str
         metrics = forgetting(start, result.potential, isolated_molecules(dataset.elements, "held out"))
         rows = rows_from_metrics(
             metrics, study=study, dataset=dataset.name, start_model=model.name, recipe=config.recipe, seed=run.seed,
-            split=MOLECULES, n_train=len(experiment.split.train), run_id=result.run_key,
+            split=MOLECULES, n_train=len(experiment.split.train), run_key=result.run_key,
             identity=identity(dataset, experiment.split, MOLECULES, start_hash(model)),
         )  # fmt: skip
         append_records(rows)
     return experiment
 
 
-def run_id(run: Run) -> str:
+def run_key(run: Run) -> str:
     """Return the hash of start model, data, split and settings that the results of a run are recorded with.
 
     Raises

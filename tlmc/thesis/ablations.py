@@ -22,7 +22,7 @@ from tlmc.data.splits import split_dataset
 from tlmc.errors import ConfigError, DataError
 from tlmc.evaluation.comparison import REFITTED, START
 from tlmc.experiments.records import check_comparable, one_of_each, read_records
-from tlmc.experiments.run import MOLECULES, Run, execute, run_id
+from tlmc.experiments.run import MOLECULES, Run, execute, run_key
 from tlmc.potentials.borrowing import THESIS_DONORS
 from tlmc.potentials.registry import load_start_model
 
@@ -357,7 +357,7 @@ def _is_recorded(run: Run, study: str) -> bool:
     except DataError:
         return False
     # what a run is filed under last is what it forgot; cheap to ask before the hash of the whole run is computed
-    return not rows.empty and run_id(run) in set(rows["run_id"])
+    return not rows.empty and run_key(run) in set(rows["run_key"])
 
 
 def table(name: str, records: pd.DataFrame) -> pd.DataFrame:

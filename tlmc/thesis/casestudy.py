@@ -422,7 +422,7 @@ class CaseStudy:
                 seed=seed,
                 split="test",
                 n_train=n_train,
-                run_id=tuned.run_key,
+                run_key=tuned.run_key,
                 identity=identity(dataset, parts, "test", start_hash(self._joint_start())),
             )
             append_records(rows)
