@@ -121,7 +121,8 @@ def test_means_files_without_a_word_and_strange_ones(tmp_path):
     page = model_page(model_facts(str(path)))
     assert page["what it is"] == "a model that descends from toy, 3 members; the file does not say how"
     assert page["committee"].startswith("yes: its 3 members")
-    strange = {"data": 3, "split": None, "config": ["x"], "metrics": {"validation_force_rmse_vector": "x"}, "run_key": 5}
+    strange = {"data": 3, "split": None, "config": ["x"], "metrics": {"validation_force_rmse_vector": "x"}}
+    strange["run_key"] = 5
     save_model(toy_potential(), path, strange)
     page = model_page(model_facts(str(path)))
     assert "trained on" not in page

@@ -236,7 +236,7 @@ def _train(
         raise folder.without_result(error, state) from error
     kinds = {"crystals": int(dataset.is_crystal[split.train].sum())}
     kinds["molecules"] = len(split.train) - kinds["crystals"]
-    folder.finish(state, kept, {"recipe": config.recipe, "metrics": row, "trained_on": kinds})
+    folder.finish(state, kept, {"config": config.model_dump(), "metrics": row, "trained_on": kinds})
     history = pd.DataFrame(state.history)
     return FinetuneResult(kept, history, state.best_epoch, config, folder.key, folder.path, resumed_from)
 
