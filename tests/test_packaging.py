@@ -269,7 +269,9 @@ class TestMake:
         command = ["make", "--no-print-directory", "-C", str(ROOT), "-n", "-W", "constraints.txt", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    @pytest.mark.parametrize("target", ["study", "test", "test-fast", "test-cluster", "lint", "bench", "notebooks", "clean", "help"])
+    @pytest.mark.parametrize(
+        "target", ["study", "test", "test-fast", "test-cluster", "lint", "bench", "notebooks", "clean", "help"]
+    )
     def test_targets_exist_and_are_documented(self, target):
         self.dry_run(target)
         listing = subprocess.run(["make", "-C", str(ROOT), "help"], capture_output=True, text=True, check=True).stdout
@@ -341,6 +343,7 @@ def test_ci_script_is_executable_and_demands_the_mirrors():
     assert "TLMC_REQUIRE_MIRROR=1" in script.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("required", ["0", "1"])
 def test_a_skipped_mirror_test_fails_where_mirrors_are_required(tmp_path, required):
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())

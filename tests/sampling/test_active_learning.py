@@ -62,6 +62,7 @@ class Stopping:
 
 
 class TestLoop:
+    @pytest.mark.slow
     def test_every_round_adds_the_worst_and_drops_the_best(self, learner, data):
         pool, test = data
         config = LoopConfig(

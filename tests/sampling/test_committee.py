@@ -140,6 +140,7 @@ class TestCommittee:
 
 
 class TestLastLayer:
+    @pytest.mark.slow
     def test_members_are_the_models_that_they_say(self, fitted, ethanol):
         committee, said = fitted
         some = predict_committee(committee.potentials(), ethanol[1].frames[:3])
@@ -260,6 +261,7 @@ class TestFineTunedEnsembles:
         # the mean is a model like any other
         assert np.isfinite(predict(model, frames()).energies).all()
 
+    @pytest.mark.slow
     def test_result_checkpoint_and_what_is_made_of_them(self, tuned, tmp_path):
         model, path = tuned
         self.refuse(model)
@@ -339,6 +341,7 @@ class TestCoverageOnRealData:
         assert spearmanr(bins.spread, bins.error).statistic > 0.9
         assert bins.error[-1] > 1.5 * bins.error[0]
 
+    @pytest.mark.slow
     @pytest.mark.needs_mirror
     def test_ani2x_on_a_public_crystal(self, ani2x):
         data = load_dataset("molcrys-mace/21_urea").crystals()

@@ -135,6 +135,7 @@ class TestChecks:
 
 
 class TestTables:
+    @pytest.mark.slow
     def test_each_crystal_is_trained_and_elements_are_borrowed_as_in_the_thesis(self, case, caplog):
         with caplog.at_level(logging.INFO, logger="tlmc.thesis.casestudy"):
             experiments = case.each()
@@ -192,6 +193,7 @@ class TestMoreTrainings:
         assert table["learner"].tolist() == ["33"] * 3
         assert (table["force_rmse_vector"] > 0).all()
 
+    @pytest.mark.slow
     def test_one_model_for_all_and_without_a_crystal(self, case):
         table = case.shared(["33"])
         rows = table.set_index(["crystal", "model"])
@@ -252,6 +254,7 @@ class TestMoreTrainings:
         assert len(formulas) > 1
 
 
+@pytest.mark.slow
 def test_everything_is_written(case, reports):
     casestudy.write_results(case, "own", sizes=[4], shared=True, left_out=["27"], n_folds=2)
     tables = {path.stem for path in (reports / "tables").glob("own_*.csv")}
@@ -278,6 +281,7 @@ def test_names_that_would_replace_other_files_are_refused(case, tmp_path, monkey
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.needs_mirror
 def test_public_crystals_renamed_as_the_thesis_names_its_own(tmp_path, monkeypatch, ani2x):
     monkeypatch.setenv("TLMC_REPORTS_DIR", str(tmp_path / "reports"))

@@ -64,6 +64,7 @@ def end(folder, case, rank):
     return model, pd.read_csv(folder / f"{case}-{rank}.csv"), metadata
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(folder, case, tmp_path, monkeypatch):
     """Weights, reference energies and learning curve; both processes end with the same bits."""
@@ -186,6 +187,7 @@ def test_launched_processes_share_the_threads_and_hand_on_their_status(tmp_path,
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_launch_under_nohup_outlives_its_terminal(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
