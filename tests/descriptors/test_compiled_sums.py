@@ -233,7 +233,6 @@ class TestBoth:
         assert len(calls) == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("setting", [{"TLMC_KERNELS": "off"}, {"CC": "/nonexistent/cc"}])
 def test_without_compiled_functions(setting, tmp_path):
     """In a process of its own: the same numbers, and a warning unless one asked for it."""

@@ -151,6 +151,7 @@ def test_packings_are_reproduced_from_their_seed_and_resumed(packed: tuple[Path,
         assert second.info["packing"] == first.info["packing"]
 
 
+@pytest.mark.slow
 def test_tries_that_are_not_worth_keeping_are_counted_with_the_reason(packed: tuple[Path, list[Atoms]]) -> None:
     work, crystals = packed
     sampler = method("gfn1-xtb")

@@ -136,6 +136,7 @@ class TestLoop:
 class TestResume:
     CONFIG = LoopConfig("committee", bound=0.03, add_share=0.1, stop_share=0.0, max_labels=26, seed=1)
 
+    @pytest.mark.slow
     def test_a_killed_loop_goes_on_to_the_same_result(self, learner, data, tmp_path):
         pool, test = LabelledPool(data[0]), data[1]
         whole = run_loop(learner, pool, self.CONFIG, test, tmp_path / "whole.json")

@@ -173,6 +173,7 @@ class TestLastLayer:
         assert np.abs(slope).max() < 1e-10 * np.abs(loss_and_slope(np.zeros(len(slope)))[1]).max()
         assert ours <= found.fun * (1 + 1e-9)
 
+    @pytest.mark.slow
     def test_learns(self, ani2xt, ethanol, fitted):
         train, rest = ethanol
         start = predict(ani2xt, rest.frames)
@@ -190,6 +191,7 @@ class TestLastLayer:
         np.testing.assert_array_equal(one, two)
         assert not np.allclose(one, other)
 
+    @pytest.mark.slow
     def test_disagrees_more_where_it_has_no_data(self, fitted, ethanol):
         committee, said = fitted
         stretched = [frame.copy() for frame in ethanol[1].frames[:20]]
@@ -274,11 +276,13 @@ class TestFineTunedEnsembles:
             self.refuse(changed)
         self.refuse(stored.to(torch.float64))
 
+    @pytest.mark.slow
     def test_fine_tuning_again_with_fewer_members(self, tuned):
         data = labelled(12)
         with pytest.raises(ModelError, match=self.NO_COMMITTEE):
             finetune(tuned[0], data, split_dataset(data, seed=0), recipe("short", epochs=1, members=2))
 
+    @pytest.mark.slow
     def test_models_trained_one_by_one_are_one(self, tuned, toy):
         other = dataclasses.replace(
             tuned[0], networks={s: tuple(Layer(1.01 * w, b) for w, b in layers) for s, layers in toy.networks.items()}
@@ -328,6 +332,7 @@ class TestFineTunedEnsembles:
 
 
 class TestCoverageOnRealData:
+    @pytest.mark.slow
     def test_embedded_set(self, fitted, ethanol):
         for errors, spreads, groups in residuals(ethanol[1], fitted[1]):
             found = average_coverage(errors, spreads, groups)
@@ -335,6 +340,7 @@ class TestCoverageOnRealData:
             # every single partition, allowing for the chance of its 88 test frames
             assert (np.abs(found - 0.9) < 0.12).all()
 
+    @pytest.mark.slow
     def test_spread_ranks_the_errors(self, fitted, ethanol):
         errors, spreads, _ = residuals(ethanol[1], fitted[1])[1]
         bins = error_against_spread(errors, spreads, n_bins=8)

@@ -187,6 +187,7 @@ class TestTables:
 
 
 class TestMoreTrainings:
+    @pytest.mark.slow
     def test_growing_training_parts(self, case):
         table = replace(case, crystals=case.crystals[1:]).sizes([4, 6, 100])
         assert table["n_train"].tolist() == [4, 6, 8]
@@ -209,6 +210,7 @@ class TestMoreTrainings:
         found = read_records(study="own", quantity="force_rmse_vector")
         assert {"short, one for all", "short, without 33"} <= set(found["recipe"])
 
+    @pytest.mark.slow
     def test_the_left_out_crystal_lends_nothing_but_a_constant(self, case):
         """The shared model's forces of the crystal left out are those of the trained weights, whatever its labels."""
         tuned, _ = case._trained_on(case.crystals[:1], "without 33", 0)
@@ -219,6 +221,7 @@ class TestMoreTrainings:
         assert row["force_rmse_vector"] == pytest.approx(bare["force_rmse_vector"].value, rel=1e-5)
         assert row["energy_rmse_per_atom"] < 0.1
 
+    @pytest.mark.slow
     def test_packings_left_out_are_in_no_training(self, case, reports):
         energies = case.packings_left_out("33", 2)
         assert energies["n_frames"].sum() == len(case.crystals[1])
@@ -233,15 +236,18 @@ class TestMoreTrainings:
             tested += split["test"]
         assert sorted(tested) == list(range(len(groups)))
 
+    @pytest.mark.slow
     def test_packings_without_names_are_refused(self, case, folder):
         with pytest.raises(DataError, match="in 99 folds needs their names, got 8 packings|got . packings"):
             case.packings_left_out("33", 99)
 
+    @pytest.mark.slow
     def test_labels_of_two_kinds_train_no_model(self, case):
         other = replace(case.crystals[1], level_of_theory="r2SCAN")
         with pytest.raises(DataError, match="several levels of theory"):
             replace(case, crystals=(case.crystals[0], other)).shared()
 
+    @pytest.mark.slow
     def test_joined_parts_are_those_of_the_sets(self, case):
         splits = [case.split(dataset, 0) for dataset in case.crystals]
         union, parts = casestudy.join(case.crystals, splits)
