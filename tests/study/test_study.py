@@ -20,6 +20,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from nbformat import v4
 from PIL import Image
 
+from helpers.places import ROOT
 from helpers.processes import heed_interrupts
 from tlmc.data.loading import load_dataset
 from tlmc.errors import ConfigError, DataError, StudyError
@@ -403,7 +404,7 @@ class TestOwnData:
         folder.mkdir()
         for name, number in (("27-like", 32), ("33-like", 33)):
             # TLMC_ROOT is elsewhere, so an embedded set is no name here
-            path = Path(__file__).parents[1] / "data" / f"{name}.extxyz.xz"
+            path = ROOT / "data" / f"{name}.extxyz.xz"
             dataset = load_dataset(path).crystals().subset(range(0, 130, 13))
             frames = []
             for k, frame in enumerate(dataset.frames):
