@@ -173,6 +173,7 @@ def lennard_jones() -> LennardJones:
     return LennardJones(sigma=3.4, epsilon=0.2, rc=10.0, smooth=True)
 
 
+@pytest.mark.slow
 def test_own_labels_and_hessians_are_those_of_free_atoms(tmp_path: Path) -> None:
     free, fixed = frames(), frames()
     for frame in fixed:

@@ -39,12 +39,14 @@ def test_embedded_sets_are_small() -> None:
     assert sum((data_dir() / name).stat().st_size for name in FILES) < 12e6
 
 
+@pytest.mark.slow
 def test_every_embedded_set_has_a_recipe() -> None:
     assert {name.partition(".")[0] for name in FILES} == set(RECIPES)
     for name in RECIPES:
         assert load_dataset(name).level_of_theory.startswith("GFN2-xTB, tblite ")
 
 
+@pytest.mark.slow
 def test_naphthalene_is_what_the_readme_says(naphthalene: list[Atoms]) -> None:
     assert Counter(frame.info["group"] for frame in naphthalene) == {
         "start": 1,
@@ -89,6 +91,7 @@ class TestTheFiveThatMirrorTheThesis:
             if frame.info["group"] == "start":
                 assert 8 < frame.get_volume() / len(frame) < 18
 
+    @pytest.mark.slow
     def test_molecules_are_intact_in_every_packing(self, like: Dataset) -> None:
         crystals = like.crystals()
         for packing in {frame.info["packing"] for frame in crystals.frames}:
@@ -105,6 +108,7 @@ def test_elements_are_those_of_the_thesis(name: str, elements: set[str]) -> None
     assert elements <= set(load_dataset(name).elements)
 
 
+@pytest.mark.slow
 def test_labels_are_reproduced(naphthalene: list[Atoms], tmp_path_factory: pytest.TempPathFactory) -> None:
     assert_labels([naphthalene[50], naphthalene[-1]], tmp_path_factory)
 

@@ -130,6 +130,7 @@ def test_variables_that_name_no_folder_get_a_sentence(installed, monkeypatch):
         paths.mirror_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", ["0", "-1", "two", "1.5", "²", "", " "])
 def test_a_number_of_threads_that_is_none_gets_a_sentence(threads):
     environment = os.environ | {"TLMC_THREADS": threads}

@@ -43,6 +43,7 @@ def notebook():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "kind", "sentence"),
     [
@@ -71,6 +72,7 @@ def test_other_errors_keep_their_traceback(notebook, tmp_path):
     assert "f()" in "\n".join(asked.cells[0].outputs[0].traceback)
 
 
+@pytest.mark.slow
 def test_papermill_fails_and_says_the_sentence_once(notebook, tmp_path):
     nbformat.write(notebook("from tlmc.training import recipe", "recipe('no such')"), tmp_path / "in.ipynb")
     with kernel_environment(tmp_path), pytest.raises(PapermillExecutionError) as caught:

@@ -264,6 +264,7 @@ def test_a_profile_of_an_unknown_key_is_refused(tmp_path, monkeypatch):
         profiles.load_profile("bad")
 
 
+@pytest.mark.slow
 def test_the_comparison_of_notebooks_writes_to_a_folder_of_its_own(tmp_path):
     """Run nbval as `make test` does, on a notebook that tells where it would write."""
     (tmp_path / "conftest.py").write_text((ROOT / "notebooks" / "conftest.py").read_text())

@@ -343,6 +343,7 @@ def test_ci_script_is_executable_and_demands_the_mirrors():
     assert "TLMC_REQUIRE_MIRROR=1" in script.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("required", ["0", "1"])
 def test_a_skipped_mirror_test_fails_where_mirrors_are_required(tmp_path, required):
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())

@@ -42,6 +42,7 @@ def test_probe(number):
             file.write(f"{os.environ['PYTEST_XDIST_WORKER']} {cache_dir()} {weights}\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", [True, False])
 def test_the_users_cache_is_untouched(tmp_path, named):
     """Whether TLMC_CACHE_DIR names it or not; workers share one cache, which has a copy of the user's weights."""

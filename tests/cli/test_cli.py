@@ -166,6 +166,7 @@ class TestFinetune:
         assert code == 2
         assert "holds another run" in error
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
     @pytest.mark.parametrize("processes", [1, 2])
     def test_an_interrupted_run_loses_no_whole_epoch(self, data, start, number, status, processes):
@@ -631,6 +632,7 @@ class TestCommon:
         code, _, error = tlmc("fetch", "--list")
         assert (code, error) == (2, f"TLMC_THREADS must be a positive integer, got {value!r}")
 
+    @pytest.mark.slow
     def test_threads_reach_torch(self):
         code = "from tlmc.cli import app; app(['info'], standalone_mode=False)"
         answer = subprocess.run(

@@ -244,6 +244,7 @@ def test_every_part_gets_its_share_of_crystals_and_of_molecules(method: SplitMet
                 assert own == list(range(own[0], own[0] + len(own)))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(st.integers(1, 30), st.integers(1, 30), st.sampled_from(METHODS), st.integers(0, 99), st.integers(0, 8))
 def test_sets_of_both_kinds_are_divided_whole(

@@ -251,6 +251,7 @@ def test_gradients_of_an_energy_in_positions_and_strain():
     assert float(virial[1, 0]) == pytest.approx(float(strained[0] - strained[1]) / 2e-5, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_table_of_contents():
     for name in descriptors.__all__:
         assert getattr(descriptors, name).__name__ == name

@@ -83,6 +83,7 @@ def test_replay_adds_its_gradient():
     assert (values[0] - values[1]) / (2 * h) == pytest.approx(float(gradient @ direction), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_replay_lessens_forgetting_and_resumes(tmp_path, monkeypatch):
     data, start = labelled(), student()
     parts = split_dataset(data, seed=0)

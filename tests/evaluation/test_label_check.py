@@ -137,6 +137,7 @@ WRONG: dict[str, tuple[Change, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", WRONG)
 @pytest.mark.parametrize("name", ["crystals", "ethanol"])
 def test_mistakes_are_named(name: str, mistake: str, ani2xt: Potential, request: pytest.FixtureRequest) -> None:
@@ -290,6 +291,7 @@ def test_relaxations_pass(ani2x: Potential, ani2xt: Potential) -> None:
     assert not report.stress.is_wrong
 
 
+@pytest.mark.slow
 @pytest.mark.needs_mirror
 def test_parts_of_public_sets_pass(ani2x: Potential, ani2xt: Potential, caplog: pytest.LogCaptureFixture) -> None:
     """Frames that are alike, sorted or few, which chance made look wrong."""
@@ -374,6 +376,7 @@ def test_embedded_sets_pass_borrowed_elements_included(name: str, way: str, ani2
             check_labels(shifted(1)(data.crystals()), ani2xt.with_elements(mapping, way))
 
 
+@pytest.mark.slow
 @pytest.mark.needs_mirror
 @pytest.mark.parametrize("start", ["ani2x", "ani2xt"])
 def test_public_sets_pass(start: str, request: pytest.FixtureRequest) -> None:

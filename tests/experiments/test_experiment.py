@@ -21,6 +21,7 @@ def few(monkeypatch, tmp_path):
     return load_dataset("naphthalene").subset(range(0, 130, 10))
 
 
+@pytest.mark.slow
 def test_recipes_and_seeds_run_in_order_and_are_recorded(few, ani2xt):
     experiments = run_recipes(ani2xt, few, ["short", "thesis"], 2, first_seed=3, study="trial", epochs=1)
     found = [(e.result.config.recipe, e.result.config.seed, e.split.seed) for e in experiments]

@@ -134,6 +134,7 @@ class TestAppend:
         append_records(read_records(tmp_path / "a"), tmp_path / "b")
         pd.testing.assert_frame_equal(read_records(tmp_path / "a"), read_records(tmp_path / "b"))
 
+    @pytest.mark.slow
     def test_processes_that_append_at_once_lose_nothing(self, tmp_path):
         script = (
             "import sys; from tlmc.experiments.records import append_records\n"

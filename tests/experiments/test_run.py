@@ -54,6 +54,7 @@ def test_a_wrong_file_gets_one_sentence(tmp_path, text, sentence):
         read_run(tmp_path / "other.yml")
 
 
+@pytest.mark.slow
 def test_a_run_uses_its_part_of_the_data_and_is_recorded(monkeypatch, tmp_path):
     monkeypatch.setenv("TLMC_REPORTS_DIR", str(tmp_path))
     run = Run(

@@ -90,6 +90,7 @@ class QuippySOAP(LocalDescriptor):
         return values, SparseJacobian(*columns, torch.from_numpy(np.concatenate(slopes)))
 
 
+@pytest.mark.slow
 def test_energies_and_forces_are_those_of_gap_fit(ethanol, tmp_path):
     train, asked = ethanol.subset(np.arange(3, 1000, 140)), ethanol.subset([40, 333])
     written = []
@@ -161,6 +162,7 @@ class TestAgainstADenseProcess:
         same = environments.species[:, None] == point_species
         return torch.where(same, (rows @ points.T) ** 4, 0.0).sum(0)
 
+    @pytest.mark.slow
     def test_covariances_predictions_and_uncertainty(self, ethanol):
         soap = small_soap(("H", "C", "O"))
         train, asked = ethanol.subset([10, 800]), ethanol.subset([600])

@@ -77,6 +77,7 @@ def test_a_file_that_was_not_labelled_here_is_not_replaced(tmp_path: Path) -> No
     assert target.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_labels_come_back_as_computed(tmp_path: Path) -> None:
     frames = atoms_in_a_box(3)
     frames[2].pbc = False
@@ -95,6 +96,7 @@ def test_labels_come_back_as_computed(tmp_path: Path) -> None:
     assert all(frame.calc is None for frame in frames)
 
 
+@pytest.mark.slow
 def test_failed_scf_is_counted_named_and_tried_again_only_on_request(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -115,6 +117,7 @@ def test_failed_scf_is_counted_named_and_tried_again_only_on_request(
     assert (retried.labelled, retried.reused, retried.failed) == (5, 3, ())
 
 
+@pytest.mark.slow
 def test_files_of_the_calculator_are_kept_apart_and_copies_computed_once(tmp_path: Path) -> None:
     target = tmp_path / "out.extxyz"
     frames = atoms_in_a_box(2)
@@ -124,6 +127,7 @@ def test_files_of_the_calculator_are_kept_apart_and_copies_computed_once(tmp_pat
     assert [call.read_text() for call in calls] == 2 * ["called\n"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "error", "sentence"),
     [
@@ -140,6 +144,7 @@ def test_what_is_no_failed_scf_stops_the_run(tmp_path: Path, make: Make, error: 
     assert not (tmp_path / "out.extxyz").exists()
 
 
+@pytest.mark.slow
 def test_label_refuses_nothing_to_do(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no frames to label"):
         label([], Method("springs", Make()), tmp_path / "out.extxyz")
@@ -147,6 +152,7 @@ def test_label_refuses_nothing_to_do(tmp_path: Path) -> None:
         label(atoms_in_a_box(1), Method("springs", Make()), tmp_path / "out.extxyz", processes=0)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_file(tmp_path: Path) -> None:
     target, undisturbed = tmp_path / "killed.extxyz", tmp_path / "undisturbed.extxyz"
     script = (
@@ -175,6 +181,7 @@ def test_a_killed_run_resumes_to_the_same_file(tmp_path: Path) -> None:
     assert target.read_bytes() == undisturbed.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [True, False])
 def test_ctrl_c_keeps_what_is_done_and_calls_nothing_failed(tmp_path: Path, group: bool) -> None:
     (tmp_path / "code.py").write_text(
@@ -211,6 +218,7 @@ def test_ctrl_c_keeps_what_is_done_and_calls_nothing_failed(tmp_path: Path, grou
 # --- files ---
 
 
+@pytest.mark.slow
 def test_a_file_of_anothers_is_never_replaced(tmp_path: Path) -> None:
     springs, target = Method("springs", Make()), tmp_path / "mine.extxyz"
     target.write_text("years of work\n")
@@ -260,6 +268,7 @@ def test_structures_are_not_replaced_by_their_labels(tmp_path: Path) -> None:
         assert source.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_what_lies_in_the_work_folder_stays(tmp_path: Path) -> None:
     target = tmp_path / "out.extxyz"
     parts_of(target).mkdir()
@@ -273,6 +282,7 @@ def test_what_lies_in_the_work_folder_stays(tmp_path: Path) -> None:
     assert (parts_of(target) / "folder").is_dir()
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_label_into_one_folder(tmp_path: Path) -> None:
     target = tmp_path / "out.extxyz"
     script = (
@@ -310,6 +320,7 @@ def test_frames_that_cannot_be_labelled_are_named_before_work_starts(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_earlier_labels_give_way_to_the_new_ones(tmp_path: Path) -> None:
     frame = Atoms("NO", [[0, 0, 0], [0, 0, 1.15]], info={"energy": -1.0, "REF_energy": -2.0})
     frame.arrays["forces"] = np.ones((2, 3))
@@ -320,6 +331,7 @@ def test_earlier_labels_give_way_to_the_new_ones(tmp_path: Path) -> None:
     assert found.info["REF_energy"] == -2.0
 
 
+@pytest.mark.slow
 def test_results_of_the_wrong_kind_are_no_labels(tmp_path: Path) -> None:
     frames = atoms_in_a_box(1)
     report = label(frames, Method("springs", Wrong("matrix")), tmp_path / "out.extxyz")
@@ -332,6 +344,7 @@ def test_results_of_the_wrong_kind_are_no_labels(tmp_path: Path) -> None:
         label(frames, Method("springs", Wrong("vasp")), tmp_path / "vasp.extxyz")
 
 
+@pytest.mark.slow
 def test_tblite_fails_on_a_frame_and_not_on_the_others(tmp_path: Path) -> None:
     frames = [Atoms("H2", [[0, 0, 0], [0, 0, 0.74]]), Atoms("H2", [[0, 0, 0], [0, 0, 0]])]
     report = label(frames, method("gfn2-xtb"), tmp_path / "out.extxyz")
@@ -343,6 +356,7 @@ def test_tblite_fails_on_a_frame_and_not_on_the_others(tmp_path: Path) -> None:
 # --- recipes ---
 
 
+@pytest.mark.slow
 def test_build_follows_a_recipe_and_resumes(tmp_path: Path) -> None:
     molecule = Atoms("N2", [[0, 0, -0.55], [0, 0, 0.55]])
     crystal = Atoms(cell=[3.6, 3.6, 4.6], pbc=True)

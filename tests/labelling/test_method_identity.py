@@ -57,6 +57,7 @@ def run(own: Path, target: Path, function: str = "calculator") -> tuple[LabelRep
     return report, float(ase.io.read(target).get_potential_energy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "changed", "reason"),
     [
@@ -110,6 +111,7 @@ def test_a_changed_method_labels_anew_and_says_why(
     assert (report.reused, again) == (1, before)
 
 
+@pytest.mark.slow
 def test_what_is_no_part_of_the_method_does_not_change_it(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = facts(method(f"{own}:calculator"))
     (own.parent / "unused.py").write_text("SIGMA = 1\n")
@@ -122,6 +124,7 @@ def test_what_is_no_part_of_the_method_does_not_change_it(own: Path, monkeypatch
     assert facts(method(f"{moved}/my_argon.py:calculator")) == known
 
 
+@pytest.mark.slow
 def test_identity_is_that_of_settings_and_versions(tmp_path: Path) -> None:
     gfn2 = identified(method("gfn2-xtb"), tmp_path)
     assert identified(gfn2, tmp_path) is gfn2
@@ -152,6 +155,7 @@ def test_weights_of_a_network_are_settings() -> None:
     assert len(digests) == 2
 
 
+@pytest.mark.slow
 def test_a_method_that_is_not_there_gets_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("def calculator(:\n")
     for name, sentence in {

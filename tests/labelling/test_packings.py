@@ -121,6 +121,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Atoms]]
     return work, found.crystals
 
 
+@pytest.mark.slow
 def test_packings_are_dense_crystals_of_intact_molecules(packed: tuple[Path, list[Atoms]]) -> None:
     _, crystals = packed
     assert 1 <= len(crystals) <= 2
@@ -134,6 +135,7 @@ def test_packings_are_dense_crystals_of_intact_molecules(packed: tuple[Path, lis
         assert crystal.get_potential_energy() / 6 == pytest.approx(crystal.info["energy_per_atom"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_packings_are_reproduced_from_their_seed_and_resumed(packed: tuple[Path, list[Atoms]]) -> None:
     work, crystals = packed
     files = sorted(work.glob("packing-*.extxyz"))
@@ -149,6 +151,7 @@ def test_packings_are_reproduced_from_their_seed_and_resumed(packed: tuple[Path,
         assert second.info["packing"] == first.info["packing"]
 
 
+@pytest.mark.slow
 def test_tries_that_are_not_worth_keeping_are_counted_with_the_reason(packed: tuple[Path, list[Atoms]]) -> None:
     work, crystals = packed
     sampler = method("gfn1-xtb")
@@ -161,11 +164,13 @@ def test_tries_that_are_not_worth_keeping_are_counted_with_the_reason(packed: tu
         pack("smiles:O=C=O", replace(CARBON_DIOXIDE, volume_per_atom=(1.0, 2.0)), 5, sampler, work=work)
 
 
+@pytest.mark.slow
 def test_an_impossible_cell_gets_a_sentence() -> None:
     with pytest.raises(DataError, match="none of 1 packings of smiles:CO is worth keeping; 0: PyXtal: "):
         pack("smiles:CO", Packings(tries=1, keep=1, cells=((2, 3),)), 0, Method("argon", MakeArgon()))
 
 
+@pytest.mark.slow
 def test_a_recipe_that_packs_makes_a_labelled_set(packed: tuple[Path, list[Atoms]], tmp_path: Path) -> None:
     recipe = Recipe(
         name="dry ice",

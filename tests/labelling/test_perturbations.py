@@ -140,6 +140,7 @@ def test_rattle_has_its_width_and_correlation(naphthalene: Atoms) -> None:
         assert correlation[far].mean() == pytest.approx(0.0, abs=0.1)
 
 
+@pytest.mark.slow
 def test_molecular_dynamics_reaches_its_temperature_and_resumes(tmp_path: Path) -> None:
     argon = bulk("Ar", "fcc", a=5.3, cubic=True) * (2, 2, 2)
     step = MolecularDynamics(temperatures=(20.0, 20.0), strains=(0.0, 0.01), frames=2, interval=60, timestep=5.0)

@@ -125,6 +125,7 @@ def reference(charge: int, multiplicity: int | None) -> float:
     return float(frame.get_potential_energy())
 
 
+@pytest.mark.slow
 def test_ion_and_radical_of_one_geometry_get_their_own_labels(tmp_path: Path) -> None:
     ways = [
         hydroxyl(charge=-1),
@@ -152,6 +153,7 @@ def test_ion_and_radical_of_one_geometry_get_their_own_labels(tmp_path: Path) ->
     assert label(ways, method("gfn2-xtb"), target).reused == 8
 
 
+@pytest.mark.slow
 def test_a_method_of_ones_own_that_is_tblite_reads_info_too(tmp_path: Path) -> None:
     (tmp_path / "gfn2.py").write_text(
         "from tblite.ase import TBLite\n\n"
@@ -188,6 +190,7 @@ def test_what_tblite_cannot_be_given_is_refused(frame: Atoms, sentence: str, tmp
 # --- calculators of one's own ---
 
 
+@pytest.mark.slow
 def test_a_calculator_of_ones_own_gets_the_frame_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain = hydroxyl()
     frames = [plain, hydroxyl(charges=[-1, 0]), hydroxyl(magmoms=[1, 0]), hydroxyl(solvent="water"), hydroxyl()]
@@ -217,6 +220,7 @@ def coded_for(atoms: Atoms) -> Calculator:
     return Coded(charge=atoms.info["charge"], mult=atoms.info["multiplicity"])
 
 
+@pytest.mark.slow
 def test_parameters_of_a_calculator_must_agree_and_may_follow_the_frame(tmp_path: Path) -> None:
     frames = [hydroxyl(charge=-1, multiplicity=1), hydroxyl(charge=0, multiplicity=2)]
     with pytest.raises(ConfigError, match=r"frame 0 has charge -1, 0 unpaired electrons, but Coded is set to charge=0"):
@@ -227,6 +231,7 @@ def test_parameters_of_a_calculator_must_agree_and_may_follow_the_frame(tmp_path
     assert [frame.get_potential_energy() for frame in ase.io.read(tmp_path / "out.extxyz", ":")] == [-9, 2]
 
 
+@pytest.mark.slow
 def test_labels_are_those_of_free_atoms_and_constraints_stay(tmp_path: Path) -> None:
     frame = hydroxyl()
     frame.set_constraint(FixAtoms([0]))
@@ -253,6 +258,7 @@ def said(frame: Atoms) -> tuple[Any, ...]:
     return (frame.get_initial_charges().tolist(), frame.get_tags().tolist(), *(frame.info.get(key) for key in keys))
 
 
+@pytest.mark.slow
 def test_all_stages_keep_what_a_structure_says(tmp_path: Path) -> None:
     ion = ion_in_a_box()
     ase.io.write(tmp_path / "ion.extxyz", ion)
@@ -271,6 +277,7 @@ def test_all_stages_keep_what_a_structure_says(tmp_path: Path) -> None:
         assert [said(frame) for frame in screen(frames, structure).frames] == 3 * [kept]
 
 
+@pytest.mark.slow
 def test_stages_work_on_the_ion_that_is_stated() -> None:
     ion, radical = hydroxyl(charge=-1), hydroxyl(charge=0)
     lengths = [relax(frame, method("gfn2-xtb"), fmax=1e-3).get_distance(0, 1) for frame in (ion, radical)]
@@ -280,6 +287,7 @@ def test_stages_work_on_the_ion_that_is_stated() -> None:
     assert np.abs(ends[0] - ends[1]).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_a_recipe_labels_the_ion_that_its_structure_states(tmp_path: Path) -> None:
     ase.io.write(tmp_path / "ion.extxyz", hydroxyl(charge=-1))
     for source in (str(tmp_path / "ion.extxyz"), "smiles:[OH-]"):

@@ -64,6 +64,7 @@ def network(request, data):
 
 @pytest.mark.parametrize("name", FRAMES)
 class TestEveryFrame:
+    @pytest.mark.slow
     def test_forces_are_minus_the_slopes_of_the_energy(self, network, name):
         frame, h = FRAMES[name], 1e-4
         _, forces = evaluate(network, frame)

@@ -47,6 +47,7 @@ def naphthalene():
     return data, split_dataset(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKE)
 @pytest.mark.parametrize(("name", "epochs"), [("ethanol", 30), ("naphthalene", 30)])
 def test_learns_more_than_the_mean(kind, name, epochs, request):
@@ -54,6 +55,7 @@ def test_learns_more_than_the_mean(kind, name, epochs, request):
     learns(MAKE[kind](data.elements), data, split, epochs)
 
 
+@pytest.mark.slow
 @pytest.mark.needs_mirror
 @pytest.mark.parametrize("kind", MAKE)
 def test_learns_a_public_crystal_labelled_with_dft(kind):

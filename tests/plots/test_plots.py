@@ -167,6 +167,7 @@ class TestEveryFunction:
         assert {tick.label1.get_fontsize() for tick in ax.yaxis.get_major_ticks()} == {7.0}
 
 
+@pytest.mark.slow
 def test_figures_after_the_first_are_shown_too(tmp_path):
     # a notebook's backend turns interactive mode on when it is loaded, which is when the first figure opens
     (tmp_path / "eager.py").write_text(
@@ -692,6 +693,7 @@ class TestEnvironmentVector:
 
 
 class TestSave:
+    @pytest.mark.slow
     def test_files_are_under_the_reports_and_reproducible(self, pair, tmp_path, monkeypatch, caplog):
         caplog.set_level(logging.WARNING)
         written = []

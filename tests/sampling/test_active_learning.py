@@ -62,6 +62,7 @@ class Stopping:
 
 
 class TestLoop:
+    @pytest.mark.slow
     def test_every_round_adds_the_worst_and_drops_the_best(self, learner, data):
         pool, test = data
         config = LoopConfig(
@@ -135,6 +136,7 @@ class TestLoop:
 class TestResume:
     CONFIG = LoopConfig("committee", bound=0.03, add_share=0.1, stop_share=0.0, max_labels=26, seed=1)
 
+    @pytest.mark.slow
     def test_a_killed_loop_goes_on_to_the_same_result(self, learner, data, tmp_path):
         pool, test = LabelledPool(data[0]), data[1]
         whole = run_loop(learner, pool, self.CONFIG, test, tmp_path / "whole.json")

@@ -140,6 +140,7 @@ class TestCommittee:
 
 
 class TestLastLayer:
+    @pytest.mark.slow
     def test_members_are_the_models_that_they_say(self, fitted, ethanol):
         committee, said = fitted
         some = predict_committee(committee.potentials(), ethanol[1].frames[:3])
@@ -172,6 +173,7 @@ class TestLastLayer:
         assert np.abs(slope).max() < 1e-10 * np.abs(loss_and_slope(np.zeros(len(slope)))[1]).max()
         assert ours <= found.fun * (1 + 1e-9)
 
+    @pytest.mark.slow
     def test_learns(self, ani2xt, ethanol, fitted):
         train, rest = ethanol
         start = predict(ani2xt, rest.frames)
@@ -189,6 +191,7 @@ class TestLastLayer:
         np.testing.assert_array_equal(one, two)
         assert not np.allclose(one, other)
 
+    @pytest.mark.slow
     def test_disagrees_more_where_it_has_no_data(self, fitted, ethanol):
         committee, said = fitted
         stretched = [frame.copy() for frame in ethanol[1].frames[:20]]
@@ -260,6 +263,7 @@ class TestFineTunedEnsembles:
         # the mean is a model like any other
         assert np.isfinite(predict(model, frames()).energies).all()
 
+    @pytest.mark.slow
     def test_result_checkpoint_and_what_is_made_of_them(self, tuned, tmp_path):
         model, path = tuned
         self.refuse(model)
@@ -272,11 +276,13 @@ class TestFineTunedEnsembles:
             self.refuse(changed)
         self.refuse(stored.to(torch.float64))
 
+    @pytest.mark.slow
     def test_fine_tuning_again_with_fewer_members(self, tuned):
         data = labelled(12)
         with pytest.raises(ModelError, match=self.NO_COMMITTEE):
             finetune(tuned[0], data, split_dataset(data, seed=0), recipe("short", epochs=1, members=2))
 
+    @pytest.mark.slow
     def test_models_trained_one_by_one_are_one(self, tuned, toy):
         other = dataclasses.replace(
             tuned[0], networks={s: tuple(Layer(1.01 * w, b) for w, b in layers) for s, layers in toy.networks.items()}
@@ -324,6 +330,7 @@ class TestFineTunedEnsembles:
 
 
 class TestCoverageOnRealData:
+    @pytest.mark.slow
     def test_embedded_set(self, fitted, ethanol):
         for errors, spreads, groups in residuals(ethanol[1], fitted[1]):
             found = average_coverage(errors, spreads, groups)
@@ -331,12 +338,14 @@ class TestCoverageOnRealData:
             # every single partition, allowing for the chance of its 88 test frames
             assert (np.abs(found - 0.9) < 0.12).all()
 
+    @pytest.mark.slow
     def test_spread_ranks_the_errors(self, fitted, ethanol):
         errors, spreads, _ = residuals(ethanol[1], fitted[1])[1]
         bins = error_against_spread(errors, spreads, n_bins=8)
         assert spearmanr(bins.spread, bins.error).statistic > 0.9
         assert bins.error[-1] > 1.5 * bins.error[0]
 
+    @pytest.mark.slow
     @pytest.mark.needs_mirror
     def test_ani2x_on_a_public_crystal(self, ani2x):
         data = load_dataset("molcrys-mace/21_urea").crystals()

@@ -64,6 +64,7 @@ class TestEveryNotebook:
         [k] = [k for k, cell in enumerate(code) if "parameters" in cell.metadata.get("tags", [])]
         assert code[k + 1].source.startswith(f'parameters.check("{notebook}", globals())\n')
 
+    @pytest.mark.slow
     def test_its_own_parameters_pass(self, notebook, load):
         parameters.check(notebook, DEFAULTS[notebook], load)
 
@@ -73,10 +74,12 @@ class TestEveryNotebook:
             with pytest.raises(ConfigError, match=rf"^{notebook}: the parameters cell does not set {name}$"):
                 parameters.check(notebook, left, load)
 
+    @pytest.mark.slow
     def test_other_names_of_the_notebook_are_not_looked_at(self, notebook, load):
         parameters.check(notebook, {"np": np, "x": float("nan")} | DEFAULTS[notebook], load)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("notebook", "name"), PARAMETERS)
 def test_wrong_types_and_ranges_and_unknown_names(notebook, name, load):
     default = DEFAULTS[notebook][name]
@@ -103,6 +106,7 @@ def test_a_notebook_that_is_none_of_the_studys_is_left_alone():
 
 
 class TestTheData:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("notebook", "values", "sentence"),
         [
@@ -148,6 +152,7 @@ class TestTheData:
     def test_what_a_notebook_needs_to_reach_its_end(self, notebook, values, sentence, load):
         assert refused(notebook, load, **values).startswith(sentence)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("notebook", ["06_start_models", "07_fine_tuning", "09_evaluation", "10_single_run"])
     def test_elements_that_the_model_lacks_are_named_with_what_to_write(self, notebook, load):
         said = refused(notebook, load, dataset="27-like")
@@ -160,6 +165,7 @@ class TestTheData:
     def test_without_an_element_map_the_thesis_donors_do(self, notebook, load):
         parameters.check(notebook, DEFAULTS[notebook] | {"dataset": "27-like"}, load)
 
+    @pytest.mark.slow
     def test_nor_can_they_help_every_element(self, load, tmp_path):
         frames = [frame.copy() for frame in load("27-like").frames[:12]]
         for k, frame in enumerate(frames):

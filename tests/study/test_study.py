@@ -20,6 +20,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from nbformat import v4
 from PIL import Image
 
+from helpers.places import ROOT
 from helpers.processes import heed_interrupts
 from tlmc.data.loading import load_dataset
 from tlmc.errors import ConfigError, DataError, StudyError
@@ -168,6 +169,7 @@ class TestProfile:
 
 
 class TestRun:
+    @pytest.mark.slow
     def test_run_report_and_resumption(self, root, monkeypatch, tmp_path_factory):
         # a kernelspec and a start-up file of the user's, which must not be used
         user = tmp_path_factory.mktemp("user")
@@ -226,6 +228,7 @@ class TestRun:
         study.run_study("quick", ["02"], force=True)
         assert (root / "out" / "metrics" / "02.json").stat().st_mtime_ns > rerun
 
+    @pytest.mark.slow
     def test_a_failing_cell_is_named_and_the_next_run_goes_on_from_there(self, root):
         write_notebook(root / "notebooks", "02_second", "seed = 0", "x = 1\nseed / (x - 1)", answer="seed")
         with pytest.raises(StudyError) as caught:
@@ -262,6 +265,7 @@ class TestRun:
         study.run_study("quick", ["01"])
         assert metrics(root, "01") == {"answer": 0.002}
 
+    @pytest.mark.slow
     def test_an_interrupted_run_leaves_no_kernel_and_no_record(self, root, tmp_path):
         write_notebook(
             root / "notebooks",
@@ -400,7 +404,7 @@ class TestOwnData:
         folder.mkdir()
         for name, number in (("27-like", 32), ("33-like", 33)):
             # TLMC_ROOT is elsewhere, so an embedded set is no name here
-            path = Path(__file__).parents[1] / "data" / f"{name}.extxyz.xz"
+            path = ROOT / "data" / f"{name}.extxyz.xz"
             dataset = load_dataset(path).crystals().subset(range(0, 130, 13))
             frames = []
             for k, frame in enumerate(dataset.frames):

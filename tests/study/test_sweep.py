@@ -121,6 +121,7 @@ class TestDescription:
 
 
 class TestPlan:
+    @pytest.mark.slow
     def test_parameters_are_those_of_the_notebook_and_make_the_run_again(self, description, tmp_path):
         names = sweeps.plan(description, tmp_path / "sweep")
         files = parameters(tmp_path / "sweep")
@@ -166,6 +167,7 @@ class TestPlan:
         sweeps.plan(description, tmp_path)
         assert path.read_text() == before[path]
 
+    @pytest.mark.slow
     def test_files_change_with_data_and_code(self, description, tmp_path, monkeypatch):
         data = tmp_path / "mine.extxyz"
         data.write_text("one")
@@ -205,6 +207,7 @@ class TestProgramHash:
         assert not self.change(tmp_path, monkeypatch, "splits.py", "import annotations", "import annotations  # why")
         assert not self.change(tmp_path, monkeypatch, "plots/errors.py", "import", "import os, sys\nimport")
 
+    @pytest.mark.slow
     def test_code_counts_however_far_away(self, tmp_path, monkeypatch):
         assert self.change(tmp_path, monkeypatch, "units.py", "import annotations", "import annotations\nA = 1")
         assert self.change(tmp_path, monkeypatch, "training/kernels.c", "double", "float")
@@ -262,6 +265,7 @@ class TestSnakefile:
     All tests of what it leaves are in this class: one process of a parallel run carries the sweep out for them.
     """
 
+    @pytest.mark.slow
     def test_a_failed_run_is_retried_and_named_while_the_others_go_on(self, carried_out):
         folder, (code, text) = carried_out
         assert code == 1, text

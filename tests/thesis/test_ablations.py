@@ -148,6 +148,7 @@ def test_first_members_are_a_smaller_ensemble_with_a_name_of_its_own(ani2xt):
     assert all((two.networks["C"][k].weight == model.networks["C"][k].weight[:2]).all() for k in range(4))
 
 
+@pytest.mark.slow
 def test_from_a_file_to_a_table_and_only_once(crystal, tmp_path, monkeypatch):
     monkeypatch.setenv("TLMC_REPORTS_DIR", str(tmp_path))
     planned = runs(["lora"], [crystal], "ani2xt", 1, epochs=1)

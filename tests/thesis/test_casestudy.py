@@ -135,6 +135,7 @@ class TestChecks:
 
 
 class TestTables:
+    @pytest.mark.slow
     def test_each_crystal_is_trained_and_elements_are_borrowed_as_in_the_thesis(self, case, caplog):
         with caplog.at_level(logging.INFO, logger="tlmc.thesis.casestudy"):
             experiments = case.each()
@@ -186,12 +187,14 @@ class TestTables:
 
 
 class TestMoreTrainings:
+    @pytest.mark.slow
     def test_growing_training_parts(self, case):
         table = replace(case, crystals=case.crystals[1:]).sizes([4, 6, 100])
         assert table["n_train"].tolist() == [4, 6, 8]
         assert table["learner"].tolist() == ["33"] * 3
         assert (table["force_rmse_vector"] > 0).all()
 
+    @pytest.mark.slow
     def test_one_model_for_all_and_without_a_crystal(self, case):
         table = case.shared(["33"])
         rows = table.set_index(["crystal", "model"])
@@ -207,6 +210,7 @@ class TestMoreTrainings:
         found = read_records(study="own", quantity="force_rmse_vector")
         assert {"short, one for all", "short, without 33"} <= set(found["recipe"])
 
+    @pytest.mark.slow
     def test_the_left_out_crystal_lends_nothing_but_a_constant(self, case):
         """The shared model's forces of the crystal left out are those of the trained weights, whatever its labels."""
         tuned, _ = case._trained_on(case.crystals[:1], "without 33", 0)
@@ -217,6 +221,7 @@ class TestMoreTrainings:
         assert row["force_rmse_vector"] == pytest.approx(bare["force_rmse_vector"].value, rel=1e-5)
         assert row["energy_rmse_per_atom"] < 0.1
 
+    @pytest.mark.slow
     def test_packings_left_out_are_in_no_training(self, case, reports):
         energies = case.packings_left_out("33", 2)
         assert energies["n_frames"].sum() == len(case.crystals[1])
@@ -231,15 +236,18 @@ class TestMoreTrainings:
             tested += split["test"]
         assert sorted(tested) == list(range(len(groups)))
 
+    @pytest.mark.slow
     def test_packings_without_names_are_refused(self, case, folder):
         with pytest.raises(DataError, match="in 99 folds needs their names, got 8 packings|got . packings"):
             case.packings_left_out("33", 99)
 
+    @pytest.mark.slow
     def test_labels_of_two_kinds_train_no_model(self, case):
         other = replace(case.crystals[1], level_of_theory="r2SCAN")
         with pytest.raises(DataError, match="several levels of theory"):
             replace(case, crystals=(case.crystals[0], other)).shared()
 
+    @pytest.mark.slow
     def test_joined_parts_are_those_of_the_sets(self, case):
         splits = [case.split(dataset, 0) for dataset in case.crystals]
         union, parts = casestudy.join(case.crystals, splits)
@@ -252,6 +260,7 @@ class TestMoreTrainings:
         assert len(formulas) > 1
 
 
+@pytest.mark.slow
 def test_everything_is_written(case, reports):
     casestudy.write_results(case, "own", sizes=[4], shared=True, left_out=["27"], n_folds=2)
     tables = {path.stem for path in (reports / "tables").glob("own_*.csv")}
@@ -278,6 +287,7 @@ def test_names_that_would_replace_other_files_are_refused(case, tmp_path, monkey
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.needs_mirror
 def test_public_crystals_renamed_as_the_thesis_names_its_own(tmp_path, monkeypatch, ani2x):
     monkeypatch.setenv("TLMC_REPORTS_DIR", str(tmp_path / "reports"))

@@ -64,6 +64,7 @@ def end(folder, case, rank):
     return model, pd.read_csv(folder / f"{case}-{rank}.csv"), metadata
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(folder, case, tmp_path, monkeypatch):
     """Weights, reference energies and learning curve; both processes end with the same bits."""
@@ -84,6 +85,7 @@ def test_two_processes_equal_one(folder, case, tmp_path, monkeypatch):
     assert (0 < metadata["resumed_from"] < alone.config.epochs) == (case == "killed")
 
 
+@pytest.mark.slow
 def test_only_the_first_process_writes(folder):
     *_, first = end(folder, "even", 0)
     *_, second = end(folder, "even", 1)
@@ -92,6 +94,7 @@ def test_only_the_first_process_writes(folder):
     assert same_weights(stored, end(folder, "even", 0)[0])
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_is_known_to_one(folder, monkeypatch):
     """A finished run is read, whoever made it."""
     monkeypatch.setenv("TLMC_CACHE_DIR", str(folder / "cache"))
@@ -150,6 +153,7 @@ def test_missing_backends_and_variables_are_named(monkeypatch):
         pass
 
 
+@pytest.mark.slow
 def test_launched_processes_share_the_threads_and_hand_on_their_status(tmp_path, monkeypatch, capfd):
     for name in ("TLMC_THREADS", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "5")
@@ -186,6 +190,7 @@ def test_launched_processes_share_the_threads_and_hand_on_their_status(tmp_path,
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_launch_under_nohup_outlives_its_terminal(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

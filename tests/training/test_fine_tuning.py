@@ -173,6 +173,7 @@ def test_richer_columns_are_fitted_on_the_training_part_and_learn():
         quick(richer={"compression": "zip"})
 
 
+@pytest.mark.slow
 def test_killed_process_resumes_to_the_same_weights(tmp_path):
     """SIGKILL, not a polite interrupt: whatever was half-written must not matter."""
     script = textwrap.dedent("""
@@ -495,6 +496,7 @@ def test_no_bar_hangs_where_the_descriptors_are_there(capfd):
     assert "descriptors" not in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("somebody_is_there", [True, False])
 def test_notebooks_show_a_bar_and_a_sentence_where_somebody_has_them_open(tmp_path, somebody_is_there):
     """By the messages of a real kernel: headless runs tell it that nobody can answer questions."""
@@ -552,6 +554,7 @@ def test_thesis_protocol_is_the_default():
     assert (config.schedule, config.plateau_patience, config.layers, config.loss) == ("plateau", 5, "all", "mse")
 
 
+@pytest.mark.slow
 @pytest.mark.needs_mirror
 def test_real_start_model_on_real_dft_improves_in_a_few_epochs(ani2x):
     data = load_dataset("molcrys-mace/21_urea").crystals()

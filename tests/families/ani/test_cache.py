@@ -276,6 +276,7 @@ def test_a_size_that_is_none_is_refused_before_anything_is_computed(tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_cache_needs_no_module_of_unix_only(tmp_path):
     """As on Windows: no resource, no SIGHUP."""
     code = """
@@ -353,6 +354,7 @@ print(size, *peaks)
 """
 
 
+@pytest.mark.slow
 def test_set_four_times_larger_than_the_memory_left_streams(tmp_path):
     """Under a real limit of the address space; and no epoch needs more than the one before."""
     model = toy_potential(dtype=torch.float32)

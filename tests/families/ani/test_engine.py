@@ -76,6 +76,7 @@ def reference(model):
     return network.requires_grad_(True)
 
 
+@pytest.mark.slow
 @pytest.mark.needs_mirror
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", ["21_urea", "06_benzene", "23_succinic_acid"])

@@ -75,11 +75,13 @@ class TestReading:
 
 
 class TestModel:
+    @pytest.mark.slow
     def test_published_model(self, model):
         assert (model.name, model.r_cut, model.fingerprint, len(model.elements)) == ("sevennet", 5.0, SHA256, 89)
         trainable = sum(weight.numel() for weight in model.network.parameters() if weight.requires_grad)
         assert trainable == 842440
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:No tensor product accelerator")
     @pytest.mark.parametrize("frame", [crystal(), ase.build.molecule("CH3OH")], ids=["crystal", "molecule"])
     def test_answers_are_those_of_its_own_calculator(self, model, frame):
