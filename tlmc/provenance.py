@@ -79,7 +79,8 @@ def program_hash(module: str) -> str:
 
     Comments, docstrings and layout do not count, nor do modules that it does not reach, so that work which took hours
     is not thrown away for them. A file beside a module with its name and another suffix (``compiled_sums.c``) belongs
-    to it, as does a file of the package that it names (``"registry.json"``).
+    to it, as does a file of the package that it names (``"registry.json"``). What reaches the registry of start models
+    reaches all families.
 
     Parameters
     ----------
@@ -124,6 +125,10 @@ def _reached(module: str) -> dict[str, tuple[Path, ast.Module]]:
                 todo += [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.module:
                 todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        if name == "tlmc.potentials.registry":
+            # families are found by their folder, so that no import names them
+            found_there = sorted((PACKAGE_DIR / "families").rglob("*.py"))
+            todo += [".".join(("tlmc", *path.relative_to(PACKAGE_DIR).with_suffix("").parts)) for path in found_there]
         todo = [other for other in todo if other.partition(".")[0] == PACKAGE_DIR.name]
     return found
 

@@ -203,17 +203,19 @@ class TestProgramHash:
         return provenance.program_hash("tlmc.experiments.run") != before
 
     def test_comments_docstrings_and_unreached_modules_do_not_count(self, tmp_path, monkeypatch):
-        assert not self.change(tmp_path, monkeypatch, "splits.py", '"""', '"""Anew: ')
-        assert not self.change(tmp_path, monkeypatch, "splits.py", "import annotations", "import annotations  # why")
+        assert not self.change(tmp_path, monkeypatch, "data/splits.py", '"""', '"""Anew: ')
+        assert not self.change(tmp_path, monkeypatch, "data/splits.py", "import annotations", "import annotations  # why")
         assert not self.change(tmp_path, monkeypatch, "plots/errors.py", "import", "import os, sys\nimport")
 
     @pytest.mark.slow
     def test_code_counts_however_far_away(self, tmp_path, monkeypatch):
         assert self.change(tmp_path, monkeypatch, "units.py", "import annotations", "import annotations\nA = 1")
-        assert self.change(tmp_path, monkeypatch, "training/kernels.c", "double", "float")
+        assert self.change(tmp_path, monkeypatch, "families/ani/compiled_sweeps.c", "double", "float")
         assert self.change(tmp_path, monkeypatch, "compiled.h", "double", "float")
         assert self.change(tmp_path, monkeypatch, "registry.json", "fingerprint", "finger")
         assert self.change(tmp_path, monkeypatch, "training/__init__.py", "import annotations", "import division")
+        # no import names a family, which is found by its folder
+        assert self.change(tmp_path, monkeypatch, "families/ani/learner.py", "import annotations", "import division")
 
 
 def snakemake(folder: Path, *arguments: str) -> tuple[int, str]:
