@@ -204,7 +204,8 @@ class TestProgramHash:
 
     def test_comments_docstrings_and_unreached_modules_do_not_count(self, tmp_path, monkeypatch):
         assert not self.change(tmp_path, monkeypatch, "data/splits.py", '"""', '"""Anew: ')
-        assert not self.change(tmp_path, monkeypatch, "data/splits.py", "import annotations", "import annotations  # why")
+        commented = "import annotations  # why"
+        assert not self.change(tmp_path, monkeypatch, "data/splits.py", "import annotations", commented)
         assert not self.change(tmp_path, monkeypatch, "plots/errors.py", "import", "import os, sys\nimport")
 
     @pytest.mark.slow
