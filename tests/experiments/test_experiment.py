@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from helpers.places import ROOT
-from tlmc import experiments
 from tlmc.data.loading import load_dataset
 from tlmc.errors import ConfigError, Interrupted
+from tlmc.experiments import experiment as module
 from tlmc.experiments.experiment import CONVERGENCE, convergence, convergence_table, run_recipes
 from tlmc.experiments.records import read_records
 from tlmc.training import recipe
@@ -51,14 +51,14 @@ def test_an_interrupt_after_the_training_loses_nothing(few, ani2xt, monkeypatch)
 def test_an_interrupted_comparison_keeps_the_runs_before(few, ani2xt, monkeypatch, tmp_path):
     settings = {"one": {"epochs": 1}, "two": {"epochs": 2}}
     with monkeypatch.context() as patch:
-        train = experiments.finetune
+        train = module.finetune
 
         def stop_the_second(model, dataset, split, config, **rest):
             if config.epochs == 2:
                 signal.raise_signal(signal.SIGINT)
             return train(model, dataset, split, config, **rest)
 
-        patch.setattr(experiments, "finetune", stop_the_second)
+        patch.setattr("tlmc.experiments.experiment.finetune", stop_the_second)
         with pytest.raises(Interrupted, match="in two on naphthalene, seed 0, which the same call begins anew"):
             convergence(ani2xt, [few], 1, settings)
     assert len(list(tmp_path.rglob("convergence/*.csv"))) == 1

@@ -274,7 +274,7 @@ class TestRun:
             f"import os, pathlib, time\npathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
             "time.sleep(600)",
         )
-        code = "from tlmc import study; study.run_study('quick')"
+        code = "from tlmc.study import runner; runner.run_study('quick')"
         process = subprocess.Popen(
             [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
         )

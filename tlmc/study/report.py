@@ -77,7 +77,7 @@ def write_report(profile: Profile, reports: Path) -> Path:
         )
     table, no_table = _results(profile.name, reports)
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        files("tlmc").joinpath("report.html").read_text(encoding="utf-8")
+        files("tlmc.study").joinpath("report.html").read_text(encoding="utf-8")
     )
     first_page = {
         "seconds": round(sum(notebook["seconds"] for notebook in notebooks), 1),
