@@ -541,9 +541,10 @@ class TestSevenNet:
         assert set(read_records(reports / "metrics")["start_model"]) == {"sevennet"}
         [model] = reports.glob("runs/*/model.safetensors")
         code, text, _ = tlmc("-q", "evaluate", model, data)
-        assert (code, "F vector" in text) == (0, True)
+        assert code == 0
         code, text, _ = tlmc("-q", "info", model)
-        assert (code, "sevennet" in text) == (0, True)
+        assert code == 0
+        assert "sevennet" in text
 
     def test_settings_of_another_family(self, tlmc, data):
         code, _, text = tlmc("-q", "finetune", data, "--start-model", "sevennet", "--recipe", "rich")
@@ -619,7 +620,7 @@ class TestCommon:
             assert name in text
 
     @pytest.mark.parametrize(
-        "command", ["study", "finetune", "casestudy", "evaluate", "average", "fetch", "info", "label", "peer"]
+        "command", ["study", "finetune", "casestudy", "evaluate", "average", "fetch", "info", "label"]
     )
     def test_every_command_shows_examples(self, tlmc, command):
         code, text, _ = tlmc(command, "--help")
