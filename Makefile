@@ -59,7 +59,7 @@ test-cluster: $(STAMP) ## a sweep through a real Slurm of one node on this machi
 	$(PY) tests/cluster/slurm_sweep.py
 
 test-dist: ## build wheel and sdist, install the wheel into an empty environment and use it there
-	$(if $(wildcard $(PY)),$(PY),python3) tests/dist/try_wheel.py
+	$(if $(wildcard $(PY)),$(PY),python3) tests/wheel/try_wheel.py
 
 lint: $(STAMP) ## ruff (lint and format, notebooks included) and mypy
 	$(PY) -m ruff check .

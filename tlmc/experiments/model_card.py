@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from tlmc.data.loading import available
-from tlmc.families.ani.pretrained import registered
 from tlmc.potentials.model import Potential
 from tlmc.potentials.model_files import load_model
-from tlmc.potentials.registry import load_start_model, start_models, weights_path
+from tlmc.potentials.registry import families, family_with, load_start_model, start_models, weights_path
 from tlmc.training.config import FinetuneConfig
 from tlmc.training.recipes import recipes
 
@@ -72,7 +71,7 @@ def model_page(facts: Mapping[str, Any]) -> dict[str, str]:
         page |= _training(metadata)
         page |= _errors(facts)
     else:
-        page["described in"] = f"doi:{registered(model['name'])['doi']}"
+        page["described in"] = f"doi:{family_with(model['name']).doi(model['name'])}"
     page["elements"] = ", ".join(model["symbols"])
     if model["element_map"]:
         listed = ", ".join(f"{new} from {donor}" for new, donor in model["element_map"].items())
@@ -96,6 +95,7 @@ def _describe(potential: Potential) -> dict[str, Any]:
     """Return what the weights are."""
     return {
         "name": potential.name,
+        "family": potential.family,
         "fingerprint": potential.fingerprint,
         "members": potential.members,
         "committee": potential.committee and potential.members > 1,
@@ -254,8 +254,14 @@ def _limits(model: Mapping[str, Any], tuned: bool) -> list[str]:
             "stress: it follows from energies and forces, and was not fitted to labels",
         ]
     else:
-        lines += ["crystals: it was trained on molecules", "your level of theory: energies need an offset (--refit)"]
+        lines += [_foreign(model["family"]), "your level of theory: energies need an offset (--refit)"]
     return lines
+
+
+def _foreign(family: str) -> str:
+    """Return what a published model has not learned."""
+    learned = families()[family].trained_on
+    return f"{'crystals' if learned == 'molecules' else 'molecules and their crystals'}: it was trained on {learned}"
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

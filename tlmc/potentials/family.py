@@ -29,6 +29,8 @@ class Family(ABC):
     """That of the folder."""
     start_models: ClassVar[Mapping[str, str]]
     """Name of a published model to a line about it."""
+    trained_on: ClassVar[str]
+    """What its start models learned from, ``"molecules"``."""
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named settings that suit this family, as differences from the thesis protocol."""
     unsupported: ClassVar[frozenset[str]] = frozenset()
@@ -45,6 +47,10 @@ class Family(ABC):
     @abstractmethod
     def reachable(self, name: str) -> bool:
         """Tell within seconds whether it is on this machine or its source answers."""
+
+    @abstractmethod
+    def doi(self, name: str) -> str:
+        """Return where a start model is described."""
 
     @property
     @abstractmethod

@@ -29,6 +29,14 @@ class AniFamily(Family):
         "ani2xt": "ANI-2xt, one member, H C N O F S Cl: comes from the package index, inside the wheel of auto3d (MIT)",
     }
 
+    trained_on: ClassVar[str] = "molecules"
+
+    def doi(self, name: str) -> str:
+        """Return where a start model is described."""
+        from tlmc.families.ani.pretrained import registered
+
+        return str(registered(name)["doi"])
+
     def load(self, name: str) -> AniPotential:
         """Load a start model."""
         from tlmc.families.ani.pretrained import load_start_model

@@ -41,6 +41,12 @@ class SevenNetFamily(Family):
         {"init", "members", "layers", "warm_start", "precision", "richer"}
     )
 
+    trained_on: ClassVar[str] = "relaxations of inorganic crystals"
+
+    def doi(self, name: str) -> str:
+        """Return where SevenNet is described."""
+        return "10.1021/acs.jctc.4c00190"
+
     def load(self, name: str) -> SevenNetPotential:
         """Load SevenNet-0."""
         self._check_installed()

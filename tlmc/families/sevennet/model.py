@@ -70,6 +70,12 @@ class SevenNetPotential(Potential):
         return self.cutoff
 
     @property
+    def reach(self) -> float:
+        """Distance in Angstrom up to which the energy of an atom depends on others: each layer passes messages on."""
+        layers = sum(name.endswith("_convolution") for name, _ in self.network.named_children())
+        return layers * self.cutoff
+
+    @property
     def dtype(self) -> torch.dtype:
         """Precision of the weights."""
         return next(self.network.parameters()).dtype
