@@ -38,12 +38,12 @@ __all__ = [
 __getattr__ = loaded_at_use(
     __name__,
     {
-        "AtomicEnvironmentVector": "ani",
-        "Descriptor": "base",
-        "Bispectrum": "bispectrum",
-        "CoulombMatrix": "coulomb",
-        "EwaldMatrix": "ewald",
-        "SOAP": "soap",
-        "SymmetryFunctions": "symmetry_functions",
+        "ani": ("AtomicEnvironmentVector",),
+        "base": ("Descriptor",),
+        "bispectrum": ("Bispectrum",),
+        "coulomb": ("CoulombMatrix",),
+        "ewald": ("EwaldMatrix",),
+        "soap": ("SOAP",),
+        "symmetry_functions": ("SymmetryFunctions",),
     },
 )

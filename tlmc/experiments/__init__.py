@@ -42,4 +42,4 @@ _MODULES = {
     "records": ("comparison_table", "format_comparison", "read_records"),
     "run": ("Run", "execute"),
 }
-__getattr__ = loaded_at_use(__name__, {name: module for module, names in _MODULES.items() for name in names})
+__getattr__ = loaded_at_use(__name__, _MODULES)

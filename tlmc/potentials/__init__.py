@@ -35,16 +35,26 @@ __all__ = [
 __getattr__ = loaded_at_use(
     __name__,
     {
-        "THESIS_DONORS": "borrowing",
-        "Borrowing": "borrowing",
-        "parse_element_map": "borrowing",
-        "TlmcCalculator": "calculator",
-        "predict": "calculator",
-        "Potential": "model",
-        "Predictions": "model",
-        "load_model": "model_files",
-        "save_model": "model_files",
-        "ReferenceEnergies": "reference",
-        "fit_reference": "reference",
+        "borrowing": (
+            "THESIS_DONORS",
+            "Borrowing",
+            "parse_element_map",
+        ),
+        "calculator": (
+            "TlmcCalculator",
+            "predict",
+        ),
+        "model": (
+            "Potential",
+            "Predictions",
+        ),
+        "model_files": (
+            "load_model",
+            "save_model",
+        ),
+        "reference": (
+            "ReferenceEnergies",
+            "fit_reference",
+        ),
     },
 )

@@ -16,11 +16,15 @@ __all__ = ["RECIPES", "FinetuneConfig", "FinetuneResult", "RicherColumns", "fine
 __getattr__ = loaded_at_use(
     __name__,
     {
-        "RECIPES": "recipes",
-        "FinetuneConfig": "config",
-        "RicherColumns": "config",
-        "recipe": "config",
-        "FinetuneResult": "fine_tuning",
-        "finetune": "fine_tuning",
+        "recipes": ("RECIPES",),
+        "config": (
+            "FinetuneConfig",
+            "RicherColumns",
+            "recipe",
+        ),
+        "fine_tuning": (
+            "FinetuneResult",
+            "finetune",
+        ),
     },
 )

@@ -38,21 +38,31 @@ __all__ = [
 __getattr__ = loaded_at_use(
     __name__,
     {
-        "average": "averaging",
-        "merge": "batch",
-        "DescriptorCache": "cache",
-        "build_cache": "cache",
-        "Engine": "engine",
-        "energy_spread": "evaluation",
-        "member_energies": "evaluation",
-        "export_state_dict": "export",
-        "to_torchani": "export",
-        "AniPotential": "model",
-        "Layer": "model",
-        "enrich": "transfer",
-        "extend": "transfer",
-        "relabel": "transfer",
-        "scratch": "transfer",
-        "trainable_layers": "transfer",
+        "averaging": ("average",),
+        "batch": ("merge",),
+        "cache": (
+            "DescriptorCache",
+            "build_cache",
+        ),
+        "engine": ("Engine",),
+        "evaluation": (
+            "energy_spread",
+            "member_energies",
+        ),
+        "export": (
+            "export_state_dict",
+            "to_torchani",
+        ),
+        "model": (
+            "AniPotential",
+            "Layer",
+        ),
+        "transfer": (
+            "enrich",
+            "extend",
+            "relabel",
+            "scratch",
+            "trainable_layers",
+        ),
     },
 )
