@@ -254,14 +254,8 @@ def _limits(model: Mapping[str, Any], tuned: bool) -> list[str]:
             "stress: it follows from energies and forces, and was not fitted to labels",
         ]
     else:
-        lines += [_foreign(model["family"]), "your level of theory: energies need an offset (--refit)"]
+        lines += [families()[model["family"]].unlearned, "your level of theory: energies need an offset (--refit)"]
     return lines
-
-
-def _foreign(family: str) -> str:
-    """Return what a published model has not learned."""
-    learned = families()[family].trained_on
-    return f"{'crystals' if learned == 'molecules' else 'molecules and their crystals'}: it was trained on {learned}"
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

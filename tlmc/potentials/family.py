@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from tlmc.errors import ConfigError
+
 if TYPE_CHECKING:
     from ase import Atoms
 
@@ -29,8 +31,8 @@ class Family(ABC):
     """That of the folder."""
     start_models: ClassVar[Mapping[str, str]]
     """Name of a published model to a line about it."""
-    trained_on: ClassVar[str]
-    """What its start models learned from, ``"molecules"``."""
+    unlearned: ClassVar[str]
+    """What its start models have not learned, and why, ``"crystals: it was trained on molecules"``."""
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named settings that suit this family, as differences from the thesis protocol."""
     unsupported: ClassVar[frozenset[str]] = frozenset()
@@ -56,6 +58,23 @@ class Family(ABC):
     @abstractmethod
     def model(self) -> type[Potential]:
         """The class of its models, which a model file is read with."""
+
+    def check(self, model: Potential, config: FinetuneConfig) -> None:
+        """Refuse settings that the family has no use for, or that the model cannot follow.
+
+        Raises
+        ------
+        ConfigError
+            If a setting of :attr:`unsupported` is not as it is by default.
+        ModelError
+            If the model cannot be made into what is asked for.
+        """
+        for name in sorted(self.unsupported):
+            value, default = getattr(config, name), type(config).model_fields[name].default
+            if value != default:
+                raise ConfigError(
+                    f"models of the family {self.name} train with {name} = {default!r} only, got {value!r}"
+                )
 
     def first_model(self, model: Potential, dataset: Dataset, split: Split, config: FinetuneConfig) -> Potential:
         """Return what a training begins with: members, first weights and columns that the settings ask for.

@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from tlmc.arguments import checked
 from tlmc.descriptors.enrichment import Compression
 from tlmc.errors import ConfigError, nearest_first, problems_of
-from tlmc.potentials.family import Family
 from tlmc.training.loss import LossKind
 from tlmc.training.recipes import RECIPES as RECIPES
 from tlmc.training.recipes import recipes as recipes
@@ -134,17 +133,3 @@ def _known_names(error: ValidationError) -> str:
             of = f" of {'.'.join(outer)}" if outer else ""
             sentences.append(f"; the settings{of} are {', '.join(nearest_first(name, known))}")
     return "".join(dict.fromkeys(sentences))
-
-
-def check_supported(config: FinetuneConfig, family: Family) -> None:
-    """Refuse settings that a family has no use for.
-
-    Raises
-    ------
-    ConfigError
-        If one of them is not as it is by default.
-    """
-    for name in sorted(family.unsupported):
-        value, default = getattr(config, name), FinetuneConfig.model_fields[name].default
-        if value != default:
-            raise ConfigError(f"models of the family {family.name} train with {name} = {default!r} only, got {value!r}")

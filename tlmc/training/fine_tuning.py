@@ -24,7 +24,7 @@ from tlmc.potentials.model import Potential
 from tlmc.potentials.reference import fit_reference
 from tlmc.potentials.registry import family_of
 from tlmc.progress import is_watched
-from tlmc.training.config import FinetuneConfig, check_supported
+from tlmc.training.config import FinetuneConfig
 from tlmc.training.distributed import Group
 from tlmc.training.divergence import force_rms
 from tlmc.training.identity import describe_run
@@ -129,9 +129,7 @@ def finetune(
     _check_split(dataset, split)
     for frame in dataset.frames:
         model.check_elements(frame)  # an element without a network is an error before anything is written
-    check_supported(config, family_of(model))
-    if config.members is not None:
-        family_of(model).first_model(model, dataset, split, FinetuneConfig(members=config.members))  # likewise
+    family_of(model).check(model, config)  # likewise
     if tensorboard and run_dir is None:
         raise ConfigError("tensorboard needs a run_dir to write to")
     folder = RunFolder(

@@ -29,7 +29,7 @@ class AniFamily(Family):
         "ani2xt": "ANI-2xt, one member, H C N O F S Cl: comes from the package index, inside the wheel of auto3d (MIT)",
     }
 
-    trained_on: ClassVar[str] = "molecules"
+    unlearned: ClassVar[str] = "crystals: it was trained on molecules"
 
     def doi(self, name: str) -> str:
         """Return where a start model is described."""
@@ -61,6 +61,14 @@ class AniFamily(Family):
         from tlmc.families.ani.model import AniPotential
 
         return AniPotential
+
+    def check(self, model: Potential, config: FinetuneConfig) -> None:
+        """Refuse to take more members than there are, or some of those that are a model together only."""
+        from tlmc.families.ani.transfer import first_members
+
+        super().check(model, config)
+        if config.members is not None:
+            first_members(cast("AniPotential", model), config.members)
 
     def first_model(self, model: Potential, dataset: Dataset, split: Split, config: FinetuneConfig) -> AniPotential:
         """Return the members, first weights and columns that the settings ask for."""

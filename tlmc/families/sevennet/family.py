@@ -41,7 +41,7 @@ class SevenNetFamily(Family):
         {"init", "members", "layers", "warm_start", "precision", "richer"}
     )
 
-    trained_on: ClassVar[str] = "relaxations of inorganic crystals"
+    unlearned: ClassVar[str] = "molecules and their crystals: it was trained on relaxations of inorganic crystals"
 
     def doi(self, name: str) -> str:
         """Return where SevenNet is described."""
