@@ -302,9 +302,9 @@ def finetune(
     torchrun --nproc-per-node 4 -m tlmc.cli finetune my.extxyz --device cuda --batch-size 64
     """
     from tlmc.data.splits import only_crystals
+    from tlmc.devices import find_device
     from tlmc.evaluation.label_check import check_labels
     from tlmc.experiments.experiment import run_experiment
-    from tlmc.families.ani.device_cache import find_device
     from tlmc.training import distributed
     from tlmc.training.config import recipe as named_recipe
 

@@ -209,19 +209,22 @@ def _evaluate(
     model: Potential, frame: Atoms, label: str, evaluator: Evaluator, find: SkinNeighbours | None = None
 ) -> _Result:
     """Return energies of the atoms, forces and stress of one frame."""
-    pairs = checked_pairs(model, frame, label, find)
+    pairs, closest = checked_pairs(model, frame, label, find)
     offsets = model.offsets(frame)
     found = evaluator(frame, pairs)
     stress = None
     if frame.pbc.all():
         stress = (0.5 * (found.virial + found.virial.T) / frame.get_volume()).numpy()
         stress = stress[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
-    closest = float(torch.linalg.vector_norm(pairs.vectors, dim=1).min()) if len(pairs.vectors) else np.inf
     return _Result((found.energies + offsets).numpy(), found.forces.numpy(), stress, closest)
 
 
-def checked_pairs(model: Potential, frame: Atoms, label: str, find: SkinNeighbours | None = None) -> Neighbours:
-    """Return the pairs within the cutoff of a model, for a frame that passed the checks.
+def checked_pairs(
+    model: Potential, frame: Atoms, label: str, find: SkinNeighbours | None = None
+) -> tuple[Neighbours, float]:
+    """Return the pairs within the cutoff of a model and the smallest distance, for a frame that passed the checks.
+
+    The distance, in Angstrom, is infinite if there are no pairs.
 
     Raises
     ------
@@ -248,12 +251,13 @@ def checked_pairs(model: Potential, frame: Atoms, label: str, find: SkinNeighbou
         if height < OVERLAP:
             raise DataError(f"{name}: the cell {frame.cell.array.tolist()} is only {height:.3g} A high")
     pairs = neighbours(frame, model.r_cut, model.dtype) if find is None else find(frame, model.dtype)
-    if len(pairs.vectors):
-        distance, k = torch.linalg.vector_norm(pairs.vectors, dim=1).min(0)
-        if distance < OVERLAP:
-            i, j = int(pairs.centre[k]), int(pairs.neighbour[k])
-            raise DataError(f"{name}: atoms {i} and {j} are {float(distance):.3g} A apart")
-    return pairs
+    if not len(pairs.vectors):
+        return pairs, np.inf
+    distance, k = torch.linalg.vector_norm(pairs.vectors, dim=1).min(0)
+    if distance < OVERLAP:
+        i, j = int(pairs.centre[k]), int(pairs.neighbour[k])
+        raise DataError(f"{name}: atoms {i} and {j} are {float(distance):.3g} A apart")
+    return pairs, float(distance)
 
 
 def _charge_or_spin(frame: Atoms) -> str:

@@ -177,7 +177,14 @@ class Potential(ABC):
             )
 
     def free_atoms(self, frame: Atoms) -> Tensor:
-        """Return the energy of the free atom for every atom of a frame, float64 eV, shape ``(n_atoms,)``."""
+        """Return the energy of the free atom for every atom of a frame, float64 eV, shape ``(n_atoms,)``.
+
+        Raises
+        ------
+        ModelError
+            As :meth:`check_elements`.
+        """
+        self.check_elements(frame)
         return torch.zeros(len(frame), dtype=torch.float64)
 
     def offsets(self, frame: Atoms) -> Tensor:
@@ -188,7 +195,6 @@ class Potential(ABC):
         ModelError
             If the model, or its fitted reference, does not cover an element of the frame.
         """
-        self.check_elements(frame)
         total = self.free_atoms(frame)
         if self.reference is not None:
             fitted, symbols = self.reference.offsets, frame.get_chemical_symbols()

@@ -142,7 +142,7 @@ def exact_hessian(model: AniPotential, frame: Atoms) -> FloatArray:
         As `tlmc.potentials.predict`.
     """
     model = model.to(torch.float64)
-    pairs = checked_pairs(model, frame, "frame")
+    pairs, _ = checked_pairs(model, frame, "frame")
     species = model.species(frame)
     positions = torch.tensor(frame.positions, dtype=torch.float64)
     # image shifts are constants: x_j + shift - x_i follows the atoms, several images of one atom included

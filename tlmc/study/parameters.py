@@ -19,9 +19,9 @@ from tlmc.data.dataset import Dataset
 from tlmc.data.loading import load_dataset, local_file
 from tlmc.data.splits import SplitMethod, split_dataset
 from tlmc.descriptors.soap import SOAP
+from tlmc.devices import find_device
 from tlmc.errors import ConfigError, TlmcError, nearest_first, problems_of
 from tlmc.experiments.run import make_run
-from tlmc.families.ani.device_cache import find_device
 from tlmc.potentials.borrowing import THESIS_DONORS, Borrowing, parse_element_map
 from tlmc.potentials.model import Potential
 from tlmc.potentials.registry import load_start_model, start_models

@@ -16,11 +16,12 @@ from helpers.engine_gradients import engine_gradient, labels
 from helpers.potential_references import toy_potential
 from helpers.training import labelled, quick, same_weights, student, teacher, trainer_of
 from tlmc.data.splits import split_dataset
+from tlmc.devices import find_device
 from tlmc.errors import ConfigError
 from tlmc.families.ani import engine as engine_module
 from tlmc.families.ani.batch import merge
 from tlmc.families.ani.cache import build_cache
-from tlmc.families.ani.device_cache import DeviceCache, find_device
+from tlmc.families.ani.device_cache import DeviceCache
 from tlmc.families.ani.engine import Engine, TorchSweeps
 from tlmc.potentials import predict
 from tlmc.training.distributed import Group

@@ -6,10 +6,7 @@ import math
 
 import torch
 
-from tlmc.devices import find_device
 from tlmc.families.ani.cache import DescriptorCache, Structure
-
-__all__ = ["DeviceCache", "find_device"]
 
 _ON_HOST = ("species", "order")
 """Parts of a structure that steer the work rather than being computed with."""

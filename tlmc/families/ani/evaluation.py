@@ -32,7 +32,7 @@ def member_energies(model: AniPotential, frame: Atoms) -> NDArray[np.float64]:
     ModelError, DataError
         As in `predict`.
     """
-    pairs = checked_pairs(model, frame, "frame")
+    pairs, _ = checked_pairs(model, frame, "frame")
     species = model.species(frame)
     features = aev(model.aev, len(model.symbols), species, pairs)
     if model.enrichment is not None:

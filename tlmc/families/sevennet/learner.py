@@ -10,6 +10,7 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
+from tlmc.descriptors.pairs import neighbours
 from tlmc.families.sevennet.model import SevenNetPotential, answer, collate, make_graph
 from tlmc.training.learner import EnergiesForces
 from tlmc.training.torch_learner import ModuleLearner
@@ -24,7 +25,7 @@ class SevenNetLearner(ModuleLearner):
         super().__init__(copy.deepcopy(model.network), [len(frame) for frame in frames], device)
         self._model, self._graphs = model, []
         for frame in frames:
-            self._graphs.append(make_graph(model, frame))
+            self._graphs.append(make_graph(frame, neighbours(frame, model.r_cut, model.dtype)))
             report(1)
 
     def inputs(self, indices: Sequence[int]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from torch import Tensor, nn
 
-from tlmc.descriptors.pairs import Neighbours, neighbours
+from tlmc.descriptors.pairs import Neighbours
 from tlmc.equality import equal_by_content
 from tlmc.errors import ModelError
 from tlmc.families.sevennet.family import FAMILY
@@ -98,8 +98,7 @@ class SevenNetPotential(Potential):
         network.eval()
 
         def evaluate(frame: Atoms, pairs: Neighbours) -> Evaluation:
-            graph = Graph(torch.from_numpy(frame.numbers.astype(np.int64)), pairs)
-            result = network({name: part.to(device) for name, part in collate([graph]).items()})
+            result = network({name: part.to(device) for name, part in collate([make_graph(frame, pairs)]).items()})
             energies = result["atomic_energy"].detach().squeeze(-1).to("cpu", torch.float64)
             forces = result["inferred_force"].detach().to("cpu", torch.float64)
             # of a cell of one cubic Angstrom, and with the opposite sign
@@ -193,10 +192,9 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def make_graph(model: SevenNetPotential, frame: Atoms) -> Graph:
+def make_graph(frame: Atoms, pairs: Neighbours) -> Graph:
     """Return the tensors of one frame."""
-    numbers = torch.from_numpy(frame.numbers.astype(np.int64))
-    return Graph(numbers, neighbours(frame, model.cutoff, model.dtype))
+    return Graph(torch.from_numpy(frame.numbers.astype(np.int64)), pairs)
 
 
 def collate(graphs: Sequence[Graph]) -> dict[str, Tensor]:
