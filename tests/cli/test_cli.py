@@ -542,9 +542,12 @@ class TestSevenNet:
         [model] = reports.glob("runs/*/model.safetensors")
         code, text, _ = tlmc("-q", "evaluate", model, data)
         assert code == 0
+        assert f"on {N_FRAMES} frames of methanol" in text
+        assert "force_rmse_vector" in text
         code, text, _ = tlmc("-q", "info", model)
         assert code == 0
         assert "sevennet" in text
+        assert "atoms more than 25 A apart: nothing acts" in text
 
     def test_settings_of_another_family(self, tlmc, data):
         code, _, text = tlmc("-q", "finetune", data, "--start-model", "sevennet", "--recipe", "rich")

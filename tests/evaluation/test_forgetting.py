@@ -11,7 +11,7 @@ import torch
 from ase.build import molecule
 
 from helpers.potential_references import toy_potential
-from helpers.training import labelled, quick, same_weights, student
+from helpers.training import interrupted_after, labelled, quick, same_weights, student
 from tlmc.data.splits import split_dataset
 from tlmc.errors import ConfigError
 from tlmc.evaluation.forgetting import forgetting
@@ -24,7 +24,6 @@ from tlmc.training.distributed import Group
 from tlmc.training.fine_tuning import finetune
 from tlmc.training.loss import batch_loss
 from tlmc.training.replay import Replay, isolated_molecules
-from tlmc.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -84,7 +83,7 @@ def test_replay_adds_its_gradient():
 
 
 @pytest.mark.slow
-def test_replay_lessens_forgetting_and_resumes(tmp_path, monkeypatch):
+def test_replay_lessens_forgetting_and_resumes(tmp_path):
     data, start = labelled(), student()
     parts = split_dataset(data, seed=0)
     frames = isolated_molecules(data.elements, "held out")[::4]
@@ -97,17 +96,8 @@ def test_replay_lessens_forgetting_and_resumes(tmp_path, monkeypatch):
     # offsets belong to the labels: molecules play no part in their fit
     assert whole.potential.reference == plain.potential.reference
     assert plain.run_key != whole.run_key
-    train_epoch = Trainer.epoch
-
-    def stop(self, state):
-        if state.epoch == 2:
-            raise KeyboardInterrupt
-        return train_epoch(self, state)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "epoch", stop)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(start, data, parts, config, tmp_path / "run", checkpoint_seconds=0.0)
+    with interrupted_after(2):
+        finetune(start, data, parts, config, tmp_path / "run", checkpoint_seconds=0.0)
     resumed = finetune(start, data, parts, config, tmp_path / "run")
     assert resumed.resumed_from == 2
     assert same_weights(resumed.potential, whole.potential)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
+import pytest
 import torch
 from ase.build import molecule
 
@@ -63,3 +67,19 @@ def trainer_of(model, dataset, split, config, group=None) -> Trainer:
     group = group or Group()
     learner = family_of(model).learner(model, dataset.frames, config, group, lambda count: None)
     return Trainer(learner, dataset.energies, dataset.forces, split, config, (), group)
+
+
+@contextmanager
+def interrupted_after(n_epochs: int) -> Iterator[None]:
+    """Interrupt the training in the block, as Ctrl-C does, when it has made so many epochs."""
+    train_epoch = Trainer.epoch
+
+    def stop(self, state):
+        if state.epoch == n_epochs:
+            raise KeyboardInterrupt
+        return train_epoch(self, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            yield

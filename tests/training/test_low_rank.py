@@ -10,7 +10,7 @@ from ase.build import molecule
 
 from helpers.descriptor_structures import small_cell
 from helpers.potential_references import toy_potential
-from helpers.training import labelled, quick, same_weights, student
+from helpers.training import interrupted_after, labelled, quick, same_weights, student
 from tlmc.data.splits import split_dataset
 from tlmc.errors import ConfigError
 from tlmc.families.ani.batch import merge
@@ -21,7 +21,6 @@ from tlmc.training.config import recipe
 from tlmc.training.fine_tuning import finetune
 from tlmc.training.loss import batch_loss
 from tlmc.training.low_rank import LowRank
-from tlmc.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -117,22 +116,13 @@ def test_the_update_has_the_rank_and_leaves_inactive_columns():
     assert not torch.equal(first, whole.networks["C"][0].weight[:, inactive])  # plain weight decay shrinks them
 
 
-def test_it_learns_and_resumes_bit_for_bit(tmp_path, monkeypatch):
+def test_it_learns_and_resumes_bit_for_bit(tmp_path):
     data = labelled()
     parts, config = split_dataset(data, seed=0), quick(rank=3, epochs=6, ema_decay=0.9, clip_norm=1.0)
     whole = finetune(student(), data, parts, config)
     assert whole.history["train_loss"].iloc[-1] < 0.5 * whole.history["train_loss"].iloc[0]
-    train_epoch = Trainer.epoch
-
-    def stop(self, state):
-        if state.epoch == 3:
-            raise KeyboardInterrupt
-        return train_epoch(self, state)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "epoch", stop)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(student(), data, parts, config, tmp_path / "run", checkpoint_seconds=0.0)
+    with interrupted_after(3):
+        finetune(student(), data, parts, config, tmp_path / "run", checkpoint_seconds=0.0)
     tensors, _ = load_tensors(tmp_path / "run" / "state.safetensors")
     assert tensors["factors"].shape == tensors["exp_avg"].shape != tensors["flat"].shape
     resumed = finetune(student(), data, parts, config, tmp_path / "run")

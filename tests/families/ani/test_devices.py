@@ -14,7 +14,7 @@ from ase.build import molecule
 from helpers.descriptor_structures import small_cell
 from helpers.engine_gradients import engine_gradient, labels
 from helpers.potential_references import toy_potential
-from helpers.training import labelled, quick, same_weights, student, teacher, trainer_of
+from helpers.training import interrupted_after, labelled, quick, same_weights, student, teacher, trainer_of
 from tlmc.data.splits import split_dataset
 from tlmc.devices import find_device
 from tlmc.errors import ConfigError
@@ -28,7 +28,6 @@ from tlmc.training.distributed import Group
 from tlmc.training.fine_tuning import finetune
 from tlmc.training.loss import batch_loss
 from tlmc.training.optimizer import Update
-from tlmc.training.trainer import Trainer
 
 META = torch.device("meta")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
@@ -155,26 +154,17 @@ def test_gradient_on_a_gpu_equals_that_on_the_processor(dtype, tmp_path):
 
 @needs_cuda
 @pytest.mark.parametrize("warm_start", ["none", "ridge"])
-def test_training_on_a_gpu_equals_that_on_the_processor_and_goes_on_there(tmp_path, monkeypatch, warm_start):
+def test_training_on_a_gpu_equals_that_on_the_processor_and_goes_on_there(tmp_path, warm_start):
     data = labelled()
     parts = split_dataset(data, seed=0)
     config = quick(epochs=4, batch_atoms=20, precision="float64", ema_decay=0.9, warm_start=warm_start)
     runs = [finetune(student(), data, parts, config, device=device) for device in ("cpu", "cuda")]
     columns = [c for c in runs[0].history if c not in ("seconds", "cpu_seconds")]
     pd.testing.assert_frame_equal(runs[0].history[columns], runs[1].history[columns], rtol=1e-6)
-    train_epoch = Trainer.epoch
-
-    def stop(self, state):
-        if state.epoch == 2:
-            raise KeyboardInterrupt
-        return train_epoch(self, state)
-
     for first, second in (("cpu", "cuda"), ("cuda", "cpu")):
         run = tmp_path / first
-        with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "epoch", stop)
-            with pytest.raises(KeyboardInterrupt):
-                finetune(student(), data, parts, config, run, checkpoint_seconds=0.0, device=first)
+        with interrupted_after(2):
+            finetune(student(), data, parts, config, run, checkpoint_seconds=0.0, device=first)
         resumed = finetune(student(), data, parts, config, run, device=second)
         assert resumed.resumed_from == 2
         assert resumed.run_key == runs[0].run_key

@@ -11,7 +11,7 @@ from ase.build import molecule
 
 from helpers.descriptor_structures import small_cell
 from helpers.potential_references import toy_potential
-from helpers.training import labelled, quick, same_weights, student
+from helpers.training import interrupted_after, labelled, quick, same_weights, student
 from tlmc.data.splits import split_dataset
 from tlmc.errors import ConfigError
 from tlmc.families.ani.batch import merge
@@ -21,7 +21,6 @@ from tlmc.families.ani.warm_start import design_matrix, ridge_start
 from tlmc.training.config import recipe
 from tlmc.training.fine_tuning import finetune
 from tlmc.training.loss import batch_loss
-from tlmc.training.trainer import Trainer
 
 
 def engine_of(frames, folder, seed=0):
@@ -101,17 +100,8 @@ def test_finetuning_starts_lower_and_resumes(tmp_path, monkeypatch):
     plain, whole = finetune(student(), data, parts, cold), finetune(student(), data, parts, warm)
     assert whole.history["train_loss"][0] < 0.7 * plain.history["train_loss"][0]
     assert whole.run_key != plain.run_key
-    train_epoch = Trainer.epoch
-
-    def stop(self, state):
-        if state.epoch == 1:
-            raise KeyboardInterrupt
-        return train_epoch(self, state)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "epoch", stop)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(student(), data, parts, warm, tmp_path / "run", checkpoint_seconds=0.0)
+    with interrupted_after(1):
+        finetune(student(), data, parts, warm, tmp_path / "run", checkpoint_seconds=0.0)
     resumed = finetune(student(), data, parts, warm, tmp_path / "run")
     assert resumed.resumed_from == 1
     assert same_weights(resumed.potential, whole.potential)

@@ -14,6 +14,7 @@ import torch
 from ase import Atoms
 
 from helpers.labelled import dataset
+from helpers.training import interrupted_after
 from tlmc.data import Dataset, split_dataset
 from tlmc.errors import ConfigError, ModelError
 from tlmc.evaluation import evaluate
@@ -25,7 +26,6 @@ from tlmc.files import sha256_file
 from tlmc.potentials import ReferenceEnergies, load_model, load_start_model, predict, save_model
 from tlmc.training import finetune, recipe
 from tlmc.training.loss import batch_loss
-from tlmc.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -189,32 +189,20 @@ class TestLearner:
             values.append(learner.loss_gradient(batch, energies, forces, loss).loss.item())
         assert (values[0] - values[1]) / (2 * h) == pytest.approx(gradient.norm().item(), rel=2e-2)
 
-    def test_it_learns_resumes_and_leaves_the_start_model_alone(self, model, tmp_path, monkeypatch):
+    def test_it_learns_resumes_and_leaves_the_start_model_alone(self, model, tmp_path):
         before = model.weights_hash()
         data = labelled()
         parts, config = split_dataset(data, seed=0), recipe("sevennet", epochs=3)
         whole = finetune(model, data, parts, config)
         assert model.weights_hash() == before != whole.potential.weights_hash()
-        force = whole.history["validation_force_rmse_vector"]
-        assert (
-            force.iloc[-1] < 0.5 * force.iloc[0]
-            or whole.history["train_loss"].iloc[-1] < whole.history["train_loss"].iloc[0]
-        )
+        force, loss = (whole.history[name] for name in ("validation_force_rmse_vector", "train_loss"))
+        assert loss.iloc[-1] < 0.8 * loss.iloc[0]
         # the last row is what the result says about the validation part
         validation = data.subset(parts.validation)
         metrics = evaluate(validation, predict(whole.potential, validation.frames))
         assert metrics["force_rmse_vector"].value == pytest.approx(force.iloc[-1], rel=1e-3)
-        epoch = Trainer.epoch
-
-        def stop(self, state):
-            if state.epoch == 2:
-                raise KeyboardInterrupt
-            return epoch(self, state)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "epoch", stop)
-            with pytest.raises(KeyboardInterrupt):
-                finetune(model, data, parts, config, tmp_path / "run", checkpoint_seconds=0.0)
+        with interrupted_after(2):
+            finetune(model, data, parts, config, tmp_path / "run", checkpoint_seconds=0.0)
         resumed = finetune(model, data, parts, config, tmp_path / "run")
         assert resumed.resumed_from == 2
         assert resumed.potential.weights_hash() == whole.potential.weights_hash()
